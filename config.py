@@ -1,0 +1,311 @@
+"""Every knob, the presets and the command line.
+
+A run's settings are found in this order, each one over the one before it: the defaults below (which are the
+preset `gsm8k`), the preset, the file named by --config (or the config of the run that --resume continues), and
+the flags. `python train.py --help` lists every knob; the README's table is made from the same text.
+"""
+
+import argparse
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from errors import UserError, choose
+
+# The tutorial's prompt, in our words: what the rewards look for is what the model is asked for.
+SYSTEM_PROMPT = (
+    "You solve math problems. First reason step by step inside <think> and </think>, then give the final number "
+    "alone inside <answer> and </answer>, like this: <think> reasoning </think> <answer> 42 </answer>"
+)
+
+
+def knob(default: Any, help: str) -> Any:
+    """One field of Config: its default and its meaning, which --help and the README print."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, complete: saved as config.yaml in its folder, read again by --config and --resume.
+
+    "Tutorial" below is the tiny-grpo tutorial, whose hyperparameters are the defaults; "paper" is DeepSeekMath,
+    arXiv 2402.03300, where GRPO was introduced.
+    """
+
+    # The run
+    preset: str = knob("gsm8k", "named settings to start from: gsm8k, gsm8k-24gb or tiny")
+    run_dir: str = knob("", "folder for everything the run writes; empty: runs/<preset>-<time>")
+    seed: int = knob(42, "every random choice follows from this number (tutorial: 42)")
+    steps: int = knob(233, "rollouts to train for; 233 steps of 32 questions are one pass over GSM8K (tutorial)")
+    device: str = knob("cuda", "cuda, cpu, or auto: cuda where there is one")
+
+    # Model
+    model: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "causal language model: a hub name or a folder (tutorial)")
+    precision: str = knob("bf16", "bf16: fp32 weights, bf16 arithmetic; bf16-pure: weights in bf16 too; fp32")
+    gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass: less memory, more time")
+
+    # Questions
+    dataset: str = knob("openai/gsm8k", "a hub name, a .jsonl or .parquet file, or a folder with train.* and test.*")
+    dataset_config: str = knob("main", "the hub dataset's configuration; not used for files")
+    eval_dataset: str = knob("", "where the held-out questions are, if not in the dataset's test split")
+    system_prompt: str = knob(SYSTEM_PROMPT, "first message of every prompt; empty: none")
+    max_prompt_tokens: int = knob(
+        512, "questions with longer prompts are left out (with max_new_tokens: tutorial's 1024)"
+    )
+
+    # Rollout
+    rollouts_per_step: int = knob(32, "questions per step (tutorial)")
+    group_size: int = knob(12, "completions per question: what each one is compared with (tutorial; G of the paper)")
+    max_new_tokens: int = knob(512, "longest completion, in tokens; the prompt does not count")
+    temperature: float = knob(1.0, "divides the logits when sampling and when computing log-probabilities (tutorial)")
+    top_p: float = knob(1.0, "nucleus of the sampler; below 1 the log-probabilities no longer describe it (tutorial)")
+    rollout_batch_size: int = knob(384, "sequences per call of generate: memory and speed only")
+
+    # Reward
+    reward: list[str] = knob(["accuracy", "format"], "names from reward.py, or my_file.py:my_function, summed")
+    reward_weights: list[float] = knob([1.0, 0.2], "one weight for each reward")
+
+    # Objective
+    objective: str = knob("grpo", "a row of OBJECTIVES in loss.py")
+    clip_eps: float = knob(0.2, "the ratio is clipped to 1 ± clip_eps (tutorial; epsilon of the paper)")
+    clip_eps_high: float | None = knob(None, "upper side of the clip, if it differs (DAPO, arXiv 2503.14476: 0.28)")
+    kl_weight: float = knob(0.01, "weight of the KL to the frozen reference; 0: no reference (tutorial; beta)")
+    loss_agg_mode: str | None = knob(None, "mean over tokens, instead of the objective's own: a row of TOKEN_WEIGHTS")
+    normalize_std: bool | None = knob(
+        None, "divide advantages by the group's std, instead of the objective's own choice"
+    )
+
+    # Optimization
+    train_batch_size: int = knob(16, "sequences per optimizer step (tutorial)")
+    micro_batch_size: int = knob(4, "sequences per forward pass: memory only, never the mathematics")
+    epochs_per_step: int = knob(1, "passes over each rollout (tutorial)")
+    optimizer: str = knob("adamw", "adamw, or adamw_8bit (bitsandbytes, CUDA: a quarter of the optimizer's memory)")
+    lr: float = knob(5e-6, "learning rate, constant after the warm-up (tutorial)")
+    warmup_steps: int = knob(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = knob(0.0, "decoupled weight decay of AdamW (tutorial: plain Adam)")
+    max_norm: float = knob(1.0, "gradients are clipped to this norm (tutorial)")
+
+    # Evaluation, checkpoints, logging
+    eval_interval: int = knob(50, "steps between evaluations, besides the first and the last; 0: never evaluate")
+    eval_questions: int = knob(0, "how many of the held-out questions to evaluate on; 0: all")
+    eval_samples: int = knob(0, "samples per held-out question for pass@k; 0: greedy accuracy only")
+    checkpoint_interval: int = knob(
+        20, "steps between checkpoints, besides the last; 0: none, not even the last (tutorial)"
+    )
+    keep_checkpoints: int = knob(3, "how many of the newest checkpoints to keep")
+    log_completions: int = knob(4, "sample completions written to TensorBoard each step")
+
+    def __post_init__(self) -> None:
+        choose(self.preset, PRESETS, "preset")
+        choose(self.device, ("auto", "cuda", "cpu"), "device")
+        choose(self.precision, ("bf16", "bf16-pure", "fp32"), "precision")
+        choose(self.optimizer, ("adamw", "adamw_8bit"), "optimizer")
+        for name in AT_LEAST:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= AT_LEAST[name]):
+                raise UserError(f"--{name} is {value}; it must be {AT_LEAST[name]} or more.")
+        for name in ABOVE_ZERO:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name} is {value}; it must be more than 0.")
+        if self.top_p > 1:
+            raise UserError(f"--top_p is {self.top_p}; it is a probability, so choose a number in (0, 1].")
+        if self.clip_eps >= 1:
+            raise UserError(f"--clip_eps is {self.clip_eps}; the ratio is clipped to 1 ± clip_eps, so keep it below 1.")
+        if len(self.reward) != len(self.reward_weights):
+            raise UserError(
+                f"There are {len(self.reward)} rewards but {len(self.reward_weights)} weights; "
+                "give --reward_weights one number for each of --reward."
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise UserError(f"--reward_weights are {self.reward_weights}; each must be a finite number.")
+        if self.micro_batch_size > self.train_batch_size:
+            raise UserError(
+                f"--micro_batch_size {self.micro_batch_size} is larger than --train_batch_size "
+                f"{self.train_batch_size}; an optimizer step is made of whole micro-batches, so make it smaller."
+            )
+        if self.train_batch_size > self.sequences_per_step:
+            raise UserError(
+                f"--train_batch_size {self.train_batch_size} is larger than the {self.sequences_per_step} sequences "
+                "of a rollout (rollouts_per_step × group_size); make it smaller or sample more."
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Completions in one rollout."""
+        return self.rollouts_per_step * self.group_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps made from one rollout; the last one of an epoch may be smaller, none is dropped."""
+        return self.epochs_per_step * math.ceil(self.sequences_per_step / self.train_batch_size)
+
+    @property
+    def arithmetic(self) -> str:
+        """The sizes of one step, in a sentence."""
+        micro = math.ceil(self.train_batch_size / self.micro_batch_size)
+        epochs = f" in {self.epochs_per_step} epochs" if self.epochs_per_step > 1 else ""
+        steps = f"{self.optimizer_steps} optimizer {plural(self.optimizer_steps, 'step')}"
+        return (
+            f"{self.rollouts_per_step} questions × {self.group_size} completions = {self.sequences_per_step} sequences;"
+            f" {steps} of {self.train_batch_size}{epochs}"
+            f" in {micro} micro-{plural(micro, 'batch', 'batches')} of {self.micro_batch_size}"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the config as YAML."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """`one` or `many`, as `count` asks for."""
+    return one if count == 1 else many or one + "s"
+
+
+AT_LEAST = {
+    "seed": 0, "steps": 1, "max_prompt_tokens": 1, "rollouts_per_step": 1, "group_size": 2, "max_new_tokens": 1,
+    "rollout_batch_size": 1, "kl_weight": 0, "train_batch_size": 1, "micro_batch_size": 1, "epochs_per_step": 1,
+    "warmup_steps": 0, "weight_decay": 0, "eval_interval": 0, "eval_questions": 0, "eval_samples": 0,
+    "checkpoint_interval": 0, "keep_checkpoints": 1, "log_completions": 0,
+}  # fmt: skip
+ABOVE_ZERO = ("temperature", "top_p", "clip_eps", "clip_eps_high", "lr", "max_norm")
+
+
+def located(name: str) -> str:
+    """`name`, or where it lies in this project if it is one of the bundled folders (`tiny/model`, `tiny/task`)."""
+    bundled = Path(__file__).parent / name
+    return str(bundled) if name and not Path(name).exists() and bundled.exists() else name
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gsm8k": {},
+    # fp32 weights, gradients and Adam of a 0.5B model take 8 GB and the reference 2 GB; the rest is the rollout's
+    # cache, the activations and the logits of two sequences.
+    "gsm8k-24gb": {"rollout_batch_size": 128, "micro_batch_size": 2},
+    # From trials over lr (1e-5 … 4e-4): 3e-5 climbs in 40 steps without a setback; from 2e-4 on the sampled accuracy
+    # falls back after its first peak. Sorted micro-batches of 32 fit a laptop's cache: 3 times as fast as one of 256.
+    "tiny": {
+        "steps": 40,
+        "device": "auto",
+        "model": "tiny/model",
+        "precision": "fp32",
+        "gradient_checkpointing": False,
+        "dataset": "tiny/task",
+        "system_prompt": "",
+        "max_prompt_tokens": 128,
+        "group_size": 8,
+        "max_new_tokens": 48,
+        "reward": ["accuracy"],
+        "reward_weights": [1.0],
+        "kl_weight": 0.0,
+        "train_batch_size": 256,
+        "micro_batch_size": 32,
+        "lr": 3e-5,
+        "eval_interval": 5,
+    },
+}
+
+
+class Parser(HfArgumentParser):
+    """argparse, with its errors as one sentence instead of a page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message[0].upper() + message[1:] + ".")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Settings from a saved config.yaml, each one checked against its field; unknown names raise UserError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the config {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a config: it must be a list of `name: value` lines.")
+    types = typing.get_type_hints(Config)
+    return {
+        choose(str(k), types, f"knob (in {path})"): typed(v, types[str(k)], f"{k} in {path}") for k, v in values.items()
+    }
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+    """`value` as the field's type; YAML reads 1e-5 as a string, and that is the one case that is converted."""
+    kinds = typing.get_args(kind) or (kind,)
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where} is {value!r}; it must be a list.")
+        return [typed(item, kinds[0], where) for item in value]
+    if (value is None and type(None) in kinds) or type(value) in kinds:
+        return value
+    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise UserError(f"{where} is {value!r}; it must be of type {kinds[0].__name__}.")
+
+
+def parse_config(argv: list[str], description: str | None = None, **extra: str) -> tuple[Config, dict[str, str | None]]:
+    """Read the command line.
+
+    Args:
+        argv: the arguments after the program's name.
+        description: the command's docstring, for --help.
+        extra: further flags of the command, name to help; each one takes a string.
+    Returns:
+        the run's Config, and the values of the extra flags and of `resume` (the run folder to continue, or None).
+    Raises:
+        UserError: for unknown names, impossible values and contradictions.
+    """
+    parser = Parser(Config, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
+    about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)
+    for name, text in extra.items():
+        parser.add_argument(f"--{name}", help=text)
+    given, unknown = flags_given(parser, argv)
+    if unknown:
+        if not unknown[0].startswith("--"):
+            raise UserError(f"I do not know what to do with {unknown[0]!r}; every setting is a flag, as in --steps 10.")
+        flags = [option for action in parser._actions for option in action.option_strings]
+        choose(unknown[0].split("=")[0], flags, "flag")
+    resume = given.get("resume")
+    if resume is not None:
+        resume = resume or given.get("run_dir") or ""
+        if not resume:
+            raise UserError("Say which run to continue: --resume runs/NAME.")
+        if given.get("config"):
+            raise UserError("--resume takes the config of the run that it continues; leave out --config.")
+        if not Path(resume, "config.yaml").is_file():
+            raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
+        given["run_dir"] = resume
+    file = Path(resume, "config.yaml") if resume else Path(given["config"]) if given.get("config") else None
+    settings = read_config_file(file) if file else {}
+    preset = given.get("preset", settings.get("preset", "gsm8k"))
+    if file and preset != settings.get("preset", preset):
+        raise UserError(f"{file} was made from the preset {settings['preset']}; leave out --preset {preset}.")
+    if not file:
+        settings = PRESETS[choose(preset, PRESETS, "preset")]
+    elif not resume:
+        settings.pop("run_dir", None)  # a re-run gets a folder of its own
+    names = {f.name for f in dataclasses.fields(Config)}
+    flags = {name: value for name, value in given.items() if name in names}
+    config = Config(**{**settings, "preset": preset, **flags})
+    return config, {"resume": resume, **{name: given.get(name) for name in extra}}
+
+
+def flags_given(parser: Parser, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Only what stands on the command line, without the defaults, and the arguments that nothing claimed."""
+    absent = object()
+    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    namespace, unknown = parser.parse_known_args(argv, blank)
+    return {name: value for name, value in vars(namespace).items() if value is not absent}, unknown

@@ -1,0 +1,34 @@
+"""What goes wrong in a user's input: one sentence that says what to change, exit code 2, no traceback."""
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something that the user can put right; its text is the sentence that they read."""
+
+
+def choose(name: str, options: Iterable[str], what: str) -> str:
+    """Return `name` if it is one of `options`; else raise UserError, with the nearest name as a guess."""
+    options = list(options)
+    if name in options:
+        return name
+    near = difflib.get_close_matches(name, options, n=1)
+    guess = f"did you mean {near[0]}?" if near else f"choose one of: {', '.join(options)}."
+    raise UserError(f"There is no {what} {name!r}; {guess}")
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command's `main`: a UserError becomes its sentence on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None) -> None:
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapper

@@ -1,0 +1,63 @@
+"""Shared fixtures: no hub, the bundled model and task, and a network of random weights."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer("tiny/model")
+
+
+@pytest.fixture
+def model(tokenizer):
+    """Two random layers with the bundled vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A small, quick run of the bundled task: call it with more flags; returns its folder."""
+    import train
+
+    def run(name="run", *flags):
+        folder = tmp_path / name
+        small = {
+            "preset": "tiny", "device": "cpu", "steps": 4, "rollouts_per_step": 4, "group_size": 4, "train_batch_size": 8,
+            "micro_batch_size": 4, "max_new_tokens": 16, "eval_interval": 2, "eval_questions": 20,
+            "checkpoint_interval": 2, "run_dir": folder,
+        }  # fmt: skip
+        given = {f.split("=")[0].removeprefix("--") for f in flags}
+        argv = [f"--{k}={v}" for k, v in small.items() if k not in given]
+        if any(f.startswith("--resume") for f in flags):
+            argv = [f"--run_dir={folder}"]
+        train.main([*argv, *flags])
+        return folder
+
+    return run
+
+
+def metrics(folder, timeless=True):
+    """The rows of a run's metrics.jsonl, without those that depend on the clock or the machine."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    skip = ("time/", "perf/") if timeless else ()
+    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in rows]

@@ -1,0 +1,133 @@
+"""data.py: rows, files, prompts, and an order that resumes."""
+
+import json
+
+import pytest
+
+from data import Question, QuestionStream, build_prompt, load_questions, with_prompts
+from errors import UserError
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def test_formats(tmp_path):
+    rows = [{"question": " q1 ", "answer": "a\nb #### c\n#### 1,000", "colour": "red"}]
+    import pyarrow
+    import pyarrow.parquet
+
+    write(tmp_path / "train.jsonl", *rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test-00000-of-00001.parquet")
+    for split in ("train", "test"):
+        (q,) = load_questions(str(tmp_path), split)
+        assert (q.question, q.reference, q.solution) == ("q1", "1,000", "a\nb #### c"), "after the last ####"
+        assert q.columns["colour"] == "red"
+    (same,) = load_questions(str(tmp_path / "train.jsonl"), "test")
+    assert same.question == "q1"
+
+
+def test_chinese_gsm8k(tmp_path):
+    """Its Parquet has question, answer (the solution, no marker) and answer_only."""
+    path = write(
+        tmp_path / "x.jsonl",
+        {"question": "问", "answer": "解", "answer_only": "72"},
+        {"question": "问", "answer_only": 5},
+    )
+    a, b = load_questions(str(path), "train")
+    assert (a.reference, a.solution) == ("72", "解") and b.reference == "5"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[1]", "line 2: a row must be an object"),
+        ('{"answer": "#### 1"}', "line 2: the column question is missing"),
+        ('{"question": " ", "answer": "#### 1"}', "line 2: the column question is missing or empty"),
+        ('{"question": "q"}', "line 2: the column answer is missing"),
+        ('{"question": "q", "answer": 5}', "line 2: the column answer is missing or is not text"),
+        ('{"question": "q", "answer": "no marker"}', "line 2: answer has no '#### ' line"),
+        ('{"question": "q", "answer": "#### "}', "line 2: the final answer is empty"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, line, message):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "q", "answer": "#### 1"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        load_questions(str(path), "train")
+    assert "train.jsonl" in str(caught.value)
+
+
+def test_missing_things(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.parquet").write_text("not parquet")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
+    for name, message in [
+        ("nowhere.jsonl", "no file or folder"), ("notes.txt", "neither .jsonl nor .parquet"), ("", "must hold one train"),
+        ("empty.jsonl", "holds no questions"), ("bad.parquet", "cannot be read as Parquet"), ("latin.jsonl", "UTF-8"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            load_questions(str(tmp_path / name), "train")
+    with pytest.raises(UserError, match="from the hub"):
+        load_questions("no/such-dataset", "train")
+
+
+def test_the_bundled_task():
+    train, test = (load_questions("tiny/task", split) for split in ("train", "test"))
+    assert len(train) == 3000 and len(test) == 500
+    assert not {q.question for q in train} & {q.question for q in test}
+    for q in train + test:
+        steps = q.solution.splitlines()
+        assert 2 <= len(steps) <= 4 and q.difficulty == ["easy", "middle", "hard"][len(steps) - 2]
+        total = None
+        for step in steps:
+            left, right = step.split("=<<")[0], step.rpartition(">>")[2]
+            assert eval(left) == int(right) and (total is None or left.startswith(str(total)))  # noqa: S307
+            total = int(right)
+        assert q.reference == str(total)
+
+
+def questions(n):
+    return [Question(str(i), "1", "") for i in range(n)]
+
+
+def test_the_order_crosses_epochs_and_drops_nothing():
+    """Fault 13: 17 of GSM8K's 7,473 questions did not fit the batch size and were left out of every epoch."""
+    stream = QuestionStream(questions(10), seed=1)
+    taken = [q.question for _ in range(10) for q in stream.take(7)]
+    assert stream.position == 70
+    for epoch in range(7):
+        assert sorted(taken[epoch * 10 : epoch * 10 + 10]) == [str(i) for i in range(10)]
+    assert taken[:10] != taken[10:20], "each epoch has an order of its own"
+    assert len(QuestionStream(questions(3), 1).take(8)) == 8, "more than an epoch at once"
+
+
+def test_the_order_is_seeded_and_resumes_from_its_position():
+    whole = QuestionStream(questions(10), seed=1)
+    first, second = whole.take(13), whole.take(13)
+    assert QuestionStream(questions(10), seed=1, position=13).take(13) == second
+    assert QuestionStream(questions(10), seed=2).take(13) != first
+
+
+def test_prompts(tokenizer):
+    made, dropped = with_prompts(
+        [Question("Tom has 5 apples.", "5", ""), Question("Tom " * 50, "5", "")], tokenizer, "", 20
+    )
+    assert dropped == 1 and made[0].prompt == "<|user|>Tom has 5 apples.<|end|><|assistant|>"
+    assert tokenizer.decode(made[0].prompt_ids) == made[0].prompt
+    with pytest.raises(UserError, match="longer than --max_prompt_tokens 2"):
+        with_prompts(questions(2), tokenizer, "", 2)
+
+
+def test_prompts_of_other_templates(tokenizer):
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ m.content }}]{% endfor %}"
+        assert build_prompt("Q", tokenizer, "S") == "[S\n\nQ]", "no system role: in front of the question"
+        tokenizer.chat_template = None
+        assert build_prompt("Q", tokenizer, "S") == "S\n\nQuestion: Q\n\nAnswer:"
+    finally:
+        tokenizer.chat_template = template
