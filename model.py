@@ -1,0 +1,163 @@
+"""The policy and its frozen reference, the tokenizer, token log-probabilities, the optimizer.
+
+Any causal language model of transformers, by hub name or folder; code from the hub is never run. V is the
+vocabulary's size; the other letters are those of replay_buffer.py.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from config import Config, located
+from errors import UserError
+from replay_buffer import Experience
+
+# The largest piece of fp32 logits that is alive at a time, in numbers: 64 MB.
+LOGITS_AT_A_TIME = 2**24
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """Device and precision of the run; UserError if the preset wants a GPU that is not there."""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise UserError(
+            f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny runs on any machine "
+            "(and --device cpu makes this one run without a GPU, slowly)."
+        )
+    cpu = config.device == "cpu" or not has_cuda
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's own tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(located(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(loading_failed("tokenizer", name, error)) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so a completion could never end.")
+    return tokenizer
+
+
+def load_model(name: str, precision: str, gradient_checkpointing: bool = False) -> nn.Module:
+    """A causal language model, in fp32 (or bf16 for bf16-pure), without dropout, in eval mode, on the CPU."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        architecture = AutoConfig.from_pretrained(located(name))
+        if architecture.is_encoder_decoder:
+            raise UserError(f"{name} is an encoder-decoder; GRPO here trains causal language models only.")
+        # Dropout would make the log-probabilities of sampling and of training differ at random.
+        for key, value in vars(architecture).items():
+            if isinstance(value, float) and key.endswith(("dropout", "pdrop")):
+                setattr(architecture, key, 0.0)
+        dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(located(name), config=architecture, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(loading_failed("model", name, error)) from error
+    if gradient_checkpointing:
+        if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 and later
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.eval()
+
+
+def loading_failed(what: str, name: str, error: Exception) -> str:
+    """The sentence for a model or tokenizer that cannot be loaded."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"Cannot load the {what} {name!r}: --model takes a hub name or a Hugging Face folder ({reason})"
+
+
+class Policy(nn.Module):
+    """A language model that is asked for the log-probabilities of its completions.
+
+    The module that Accelerate prepares is this one, so precision (and, with several processes, gradient exchange)
+    act on the whole computation and not on the logits, which never leave it.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, experience: Experience) -> tuple[Tensor, Tensor]:
+        """Log-probability of each completion token, and the entropy of its distribution, both float32 (B, C)."""
+        return sequences_log_probs(
+            self.model, experience.sequences, experience.attention_mask, experience.num_actions, self.temperature
+        )
+
+
+def sequences_log_probs(
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the last `num_actions` tokens of each sequence, and the entropies beside them.
+
+    The causal shift is here and nowhere else: the logits at position t are about the token at t + 1, so the
+    completion in columns P … P+C-1 is read off the logits at P-1 … P+C-2. No other logits are computed.
+
+    Args:
+        model: a causal language model.
+        sequences: int64 (B, P + C); attention_mask: bool (B, P + C).
+        num_actions: C.
+        temperature: what the sampler divided its logits by.
+    Returns:
+        log-probabilities and entropies in nats, float32 (B, C). The entropies carry no gradient.
+    """
+    width = sequences.shape[1]
+    positions = torch.arange(width - num_actions - 1, width - 1, device=sequences.device)
+    inputs = {"input_ids": sequences, "attention_mask": attention_mask.long(), "use_cache": False}
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        logits = model(**inputs, logits_to_keep=positions).logits
+    else:
+        logits = model(**inputs).logits[:, positions]
+    log_probs, entropies = token_log_probs(logits.flatten(0, 1), sequences[:, positions + 1].flatten(), temperature)
+    return log_probs.view(-1, num_actions), entropies.view(-1, num_actions)
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-softmax of `logits` (N, V) over temperature, read at `tokens` (N,); and its entropy. Both float32 (N,).
+
+    In pieces that are computed again in the backward pass, so that a full fp32 copy of the logits is never alive.
+    """
+
+    def piece(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.float() / temperature
+        normalizer = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer, entropy
+
+    rows = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+    pairs = zip(logits.split(rows), tokens.split(rows), strict=True)
+    log_probs, entropies = zip(*(checkpoint(piece, *pair, use_reentrant=False) for pair in pairs), strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW, or its 8-bit version from bitsandbytes."""
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(policy.parameters(), **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("--optimizer adamw_8bit needs the package bitsandbytes: pip install bitsandbytes.") from error
+    return bitsandbytes.optim.AdamW8bit(policy.parameters(), **settings)
+
+
+def check_pair(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Raise UserError if the tokenizer can write tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer of {name} has {len(tokenizer)} tokens but the model only {rows}; they do not match."
+        )

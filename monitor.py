@@ -1,0 +1,219 @@
+"""Every metric: its name, its meaning, TensorBoard, metrics.jsonl, the console and its progress bars.
+
+Add to a metric where its number is born, as (sum, count); `flush` prints the mean of the step once. A name that is
+not in GLOSSARY raises.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+GLOSSARY = {
+    "train/loss": "The loss. On-policy it is near 0 (plus kl_weight × KL) at every step of a healthy run, because the "
+    "advantages of a group add up to 0: watch the returns, not this.",
+    "train/kl_divergence": "How far the policy has moved from the reference, nats per token (k3). Healthy: below "
+    "0.1. If it runs away: raise kl_weight or lower lr.",
+    "train/grad_norm": "Norm of the gradient before clipping to max_norm. Single spikes are normal, a steady rise not.",
+    "train/ratio_mean": "Mean of new/old probability of the sampled tokens. Healthy: within a few percent of 1.",
+    "train/clipped_share": "Share of tokens whose ratio was clipped and which taught nothing. Healthy: below 0.3; "
+    "above that, lower lr or epochs_per_step. Always 0 with one optimizer step per rollout.",
+    "train/entropy": "Mean entropy of the token distribution, nats. A slow fall is learning; a drop to 0 is collapse.",
+    "train/lr": "The learning rate.",
+    "train/skipped_steps": "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0.",
+    "rollout/returns": "Mean reward of the sampled completions: the curve that should rise.",
+    "rollout/returns_std": "Standard deviation of the rewards over the whole rollout.",
+    "rollout/success_rate": "Share of sampled completions whose <answer> is right (training questions, sampled).",
+    "rollout/success_easy": "The same on the third of the questions with the fewest solution steps.",
+    "rollout/success_middle": "The same on the middle third.",
+    "rollout/success_hard": "The same on the third with the most solution steps.",
+    "rollout/completion_tokens": "Mean length of the completions, end token included.",
+    "rollout/truncated_share": "Share of completions cut off by max_new_tokens. If it grows, so should the budget.",
+    "rollout/no_spread_share": "Share of groups whose rewards are all equal: they teach nothing. Above 0.8, the "
+    "questions are too hard, too easy, or the reward too coarse.",
+    "rollout/group_baseline_std": "Spread of the groups' mean rewards: how much the questions differ in difficulty.",
+    "rollout/group_baseline": "Mean over groups of the group's mean reward, which each completion is compared with.",
+    "rollout/advantage_mean": "Mean advantage. 0 by construction.",
+    "rollout/advantage_std": "Standard deviation of the advantages. Near 1 when divided by the group's std; lower by "
+    "the groups without spread.",
+    "eval/accuracy": "Greedy accuracy on held-out questions, strict: the <answer> tag holds the reference.",
+    "eval/accuracy_low": "Lower end of its 95 % interval (Wilson).",
+    "eval/accuracy_high": "Upper end of its 95 % interval (Wilson).",
+    "eval/accuracy_flexible": "The same, but without a tag the last number counts.",
+    "eval/completion_tokens": "Mean length of the greedy completions.",
+    "eval/truncated_share": "Share of the greedy completions cut off by max_new_tokens.",
+    "eval/sampled_accuracy": "Strict accuracy of the sampled completions behind pass@k (k = eval_samples): pass@1.",
+    "eval/pass_at_k": "Share of held-out questions with at least one right answer in eval_samples samples.",
+    "time/rollout": "Seconds to sample the completions.",
+    "time/log_probs": "Seconds for the log-probabilities of the policy that sampled and of the reference.",
+    "time/update": "Seconds for the gradient steps.",
+    "time/step": "Seconds for the whole step, without evaluation and checkpoint.",
+    "time/evaluate": "Seconds for the evaluation.",
+    "perf/tokens_per_second": "Completion tokens sampled per second of rollout.",
+    "perf/peak_memory_gb": "Peak memory so far: of the GPU where there is one, of the process otherwise.",
+}
+REWARD_MEANING = {"mean": "Mean of the reward {}.", "std": "Standard deviation of the reward {} over the rollout."}
+
+
+# The tab "Custom Scalars": three questions, each chart with the answer of a healthy run in its title.
+CHARTS = {
+    "Is it learning?": {
+        "held-out accuracy, greedy, with its 95 % interval: rises": [
+            "Margin", ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"]],
+        "reward of the samples: rises": ["Multiline", ["rollout/returns$"]],
+        "success of easy, middle and hard questions: all rise, easy first": [
+            "Multiline", ["rollout/success_easy", "rollout/success_middle", "rollout/success_hard"]],
+        "tokens in a completion: may rise (longer reasoning), not explode": [
+            "Multiline", ["rollout/completion_tokens", "eval/completion_tokens"]],
+    },
+    "Is it healthy?": {
+        "KL to the reference: below 0.1": ["Multiline", ["train/kl_divergence"]],
+        "shares of groups without spread (below 0.8), truncated, clipped (below 0.3)": [
+            "Multiline", ["rollout/no_spread_share", "rollout/truncated_share", "train/clipped_share"]],
+        "entropy: falls slowly, never to 0": ["Multiline", ["train/entropy"]],
+        "gradient norm: no steady rise": ["Multiline", ["train/grad_norm"]],
+        "new/old probability: near 1": ["Multiline", ["train/ratio_mean"]],
+        "skipped steps: 0": ["Multiline", ["train/skipped_steps"]],
+    },
+    "Where does the time go?": {
+        "seconds": ["Multiline", ["time/step", "time/rollout", "time/log_probs", "time/update"]],
+        "tokens per second of rollout": ["Multiline", ["perf/tokens_per_second"]],
+    },
+}  # fmt: skip
+
+
+def meaning(name: str) -> str:
+    """What a metric means; KeyError for a name that nobody has explained."""
+    if name.startswith("reward/"):
+        reward, _, statistic = name.removeprefix("reward/").rpartition("_")
+        return REWARD_MEANING[statistic].format(reward)
+    return GLOSSARY[name]
+
+
+def progress(items: Iterable, what: str, leave: bool = True) -> tqdm:
+    """A progress bar; silent where stderr is not a terminal."""
+    return tqdm(items, desc=what, leave=leave, disable=None, dynamic_ncols=True)
+
+
+class Monitor:
+    """Collects the metrics of a step and writes them out."""
+
+    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
+        """Open the run's logs; those of steps after `start_step` (of a run that is resumed) are taken back."""
+        self.file = run_dir / "metrics.jsonl"
+        keep_until(self.file, start_step)
+        self.writer = SummaryWriter(run_dir, purge_step=start_step + 1 if start_step else None)
+        self.sums: dict[str, list] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
+        """Add to a metric; its value for the step is sum / count. Tensors stay where they are until `flush`."""
+        meaning(name)
+        held = self.sums.setdefault(name, [0, 0])
+        held[0] = held[0] + total
+        held[1] = held[1] + count
+
+    def add_all(self, metrics: dict[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        """Add several, given as name: (sum, count)."""
+        for name, (total, count) in metrics.items():
+            self.add(name, total, count)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Time a block, to the end of its work on the GPU."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.add(name, time.perf_counter() - start)
+
+    def text(self, tag: str, markdown: str, step: int = 0) -> None:
+        """A page of text in TensorBoard."""
+        self.writer.add_text(tag, markdown, step)
+
+    def flush(self, step: int, steps: int) -> dict[str, float]:
+        """Write the step's metrics everywhere, and forget them; returns them."""
+        self.add("perf/peak_memory_gb", peak_memory_gb())
+        row = {name: float(total) / float(count) for name, (total, count) in self.sums.items() if float(count)}
+        self.sums.clear()
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+        tqdm.write(console_line(step, steps, row))
+        return row
+
+    def close(self) -> None:
+        """Close the logs."""
+        self.writer.close()
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that are later than `step`, or were not written to their end."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    fresh = file.with_suffix(".partial")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(file)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB: torch's on the GPU, else the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# name in the line, metric, format
+CONSOLE = [
+    ("reward", "rollout/returns", ".3f"), ("success", "rollout/success_rate", ".3f"),
+    ("tokens", "rollout/completion_tokens", ".1f"), ("no spread", "rollout/no_spread_share", ".2f"),
+    ("kl", "train/kl_divergence", ".4f"), ("entropy", "train/entropy", ".3f"), ("grad", "train/grad_norm", ".2f"),
+    ("skipped", "train/skipped_steps", ".0f"), ("s", "time/step", ".2f"),
+]  # fmt: skip
+
+
+def console_line(step: int, steps: int, row: dict[str, float]) -> str:
+    """The step in one readable line, and its evaluation in the words that matter."""
+    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+    parts += [
+        f"{word} {row[name]:{form}}"
+        for word, name, form in CONSOLE
+        if name in row and not (word == "skipped" and not row[name])
+    ]
+    if "eval/accuracy" in row:
+        parts.append(
+            f"held-out accuracy {row['eval/accuracy']:.3f} "
+            f"({row['eval/accuracy_low']:.3f}–{row['eval/accuracy_high']:.3f}), "
+            f"flexible {row['eval/accuracy_flexible']:.3f}, {row['eval/completion_tokens']:.1f} tokens"
+        )
+    return " | ".join(parts)
+
+
+def describe_run(monitor: Monitor, config_yaml: str, arithmetic: str) -> None:
+    """The pages that let a reader of TensorBoard understand the run: how to read it, and its settings."""
+    lines = [f"| {name} | {text} |" for name, text in GLOSSARY.items()]
+    monitor.text("guide/metrics", "\n".join(["| metric | what it means |", "|---|---|", *lines]))
+    monitor.writer.add_custom_scalars(CHARTS)
+    monitor.text("guide/config", f"{arithmetic}\n\n```yaml\n{config_yaml}```")
+
+
+def completion_page(question: str, reference: str, completion: str, returns: float, advantage: float) -> str:
+    """One sample completion as Markdown."""
+    quoted: list[Any] = [
+        f"**{head}**\n\n```text\n{body}\n```" for head, body in (("Question", question), ("Completion", completion))
+    ]
+    return "\n\n".join([*quoted, f"reference `{reference}` · reward {returns:.3f} · advantage {advantage:+.3f}"])

@@ -1,0 +1,123 @@
+"""model.py: log-probabilities against the plain forward pass; what is loaded and what is not."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import model as model_module
+from config import Config
+from errors import UserError
+from model import Policy, build_accelerator, check_pair, load_model, load_tokenizer, sequences_log_probs
+from replay_buffer import Experience, pad_batch
+
+ROWS = [([5, 2, 9], [11, 12, 2]), ([6], [13]), ([2, 2, 7, 8, 30], [14, 15, 16, 17])]  # 2 is the end token
+
+
+def batch():
+    return pad_batch([Experience.of(p, c, 0.0, 0.0) for p, c in ROWS])
+
+
+def plain_log_probs(network, prompt, completion, temperature):
+    """One row, no padding, all logits, the shift written out."""
+    logits = network(input_ids=torch.tensor([prompt + completion])).logits[0].double() / temperature
+    log_probs = torch.log_softmax(logits, -1)
+    return torch.stack([log_probs[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("piece", [2**24, 200])
+def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch):
+    """Faults 2, 9 and 11: padded, scaled by the temperature, in pieces; as if each row were alone and plain."""
+    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", piece)
+    e = batch()
+    log_probs, entropies = sequences_log_probs(model, e.sequences, e.attention_mask, e.num_actions, temperature)
+    assert log_probs.dtype == torch.float32 and entropies.shape == log_probs.shape == e.action_mask.shape
+    for row, (prompt, completion) in zip(log_probs, ROWS, strict=True):
+        expected = plain_log_probs(model, prompt, completion, temperature)
+        torch.testing.assert_close(row[: len(completion)].double(), expected, rtol=1e-4, atol=1e-5)
+    prompt, completion = ROWS[0]
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1] / temperature
+    assert entropies[0, 0].item() == pytest.approx(
+        torch.distributions.Categorical(logits=logits).entropy().item(), rel=1e-4
+    )
+
+
+def test_the_gradient_is_that_of_the_plain_forward_pass(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", 200)
+    e = batch()
+    model.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "fp32", gradient_checkpointing=True).train()
+    log_probs, _ = Policy(model, 0.8)(e)
+    log_probs[e.action_mask].sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.eval()
+    sum(plain_log_probs(model, *row, 0.8).sum() for row in ROWS).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_only_completion_logits_are_computed(model):
+    """Fault 11: the prompt's logits, and a full fp32 copy, were the largest tensors of the whole run."""
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
+    e = batch()
+    Policy(model, 1.0)(e)
+    assert seen == [e.num_actions]
+
+
+def test_a_head_without_logits_to_keep_gives_the_same(model):
+    """Some architectures compute all logits; the completion's are then picked from them."""
+    e = batch()
+    arguments = (e.sequences, e.attention_mask, e.num_actions)
+    expected, _ = sequences_log_probs(model, *arguments)
+
+    class Old(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, position_ids, use_cache):
+            return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+    torch.testing.assert_close(sequences_log_probs(Old(), *arguments)[0], expected)
+
+
+def test_dropout_is_off_in_training(tmp_path, tokenizer):
+    """Fault 16: with dropout the ratio is noise before any update. GPT-2's default is 0.1, in three places."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    network = load_model(str(tmp_path / "gpt2"), "fp32")
+    e = batch()
+    quiet, _ = Policy(network, 1.0)(e)
+    network.train()
+    loud, _ = Policy(network, 1.0)(e)
+    torch.testing.assert_close(loud[e.action_mask], quiet[e.action_mask])
+
+
+def test_the_bundled_tokenizer_survives_autotokenizer(tokenizer):
+    """transformers 5 rebuilds some tokenizers from their class and silently loses a custom one."""
+    text = "Tom has 25 apples. Tom gives 7 to Mary. How many apples does Tom have?"
+    done = "<think>25-7=18</think><answer>18</answer>"
+    ids = tokenizer(text + done)["input_ids"]
+    assert tokenizer.unk_token_id not in ids and tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text + done
+    assert len(tokenizer(done)["input_ids"]) == 13, "tags are one token each, digits one token each"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == f"<|user|>{text}<|end|><|assistant|>"
+    assert tokenizer.eos_token_id in tokenizer(prompt)["input_ids"], "the end token inside the prompt, as in Qwen's"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_bad_models_are_one_sentence(tmp_path, model):
+    with pytest.raises(UserError, match="Cannot load the model"):
+        load_model(str(tmp_path), "fp32")
+    with pytest.raises(UserError, match="Cannot load the tokenizer"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    model.resize_token_embeddings(10)
+    with pytest.raises(UserError, match="do not match"):
+        check_pair(model, load_tokenizer("tiny/model"), "tiny/model")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_a_preset_for_a_gpu_says_what_runs_without_one():
+    with pytest.raises(UserError, match="--preset tiny runs on any machine"):
+        build_accelerator(Config())
