@@ -1,0 +1,82 @@
+"""Ask the trained model and the model it came from the same question, side by side.
+
+    python run.py --model runs/NAME --question "Tom has 5 apples. ..."
+    python run.py --model runs/NAME                  three questions of the test set, with their references
+
+--model is a run folder or a checkpoint; the base is the model that the run started from, unless --base names another.
+Answers are greedy.
+"""
+
+import shutil
+import textwrap
+
+from checkpoint import find_model
+from config import Config
+from data import Question, with_prompts
+from errors import UserError, command
+from evaluate import held_out_questions, run_config
+from model import build_accelerator, load_model, load_tokenizer
+from reward import find_answer, find_reasoning, is_correct
+from rollout import Completion, Sampling, rollout
+
+
+def answers(name: str, questions: list[Question], config: Config) -> list[Completion]:
+    """Greedy answers of the model `name`; the model is dropped afterwards, so two never share the memory."""
+    accelerator = build_accelerator(config)
+    tokenizer = load_tokenizer(name)
+    prompted, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    if len(prompted) < len(questions):
+        raise UserError(f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it.")
+    model = load_model(name, config.precision).to(accelerator.device)
+    sampling = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
+    with accelerator.autocast():
+        return [group[0] for group in rollout(model, tokenizer, prompted, 1, sampling)]
+
+
+def describe(title: str, completion: Completion, reference: str) -> str:
+    """One model's answer: reasoning and answer apart, and the reward where the reference is known."""
+    reasoning, answer = find_reasoning(completion.text), find_answer(completion.text)
+    lines = [title, "", f"reasoning  {reasoning if reasoning is not None else '(no <think> tag)'}"]
+    lines += [f"answer     {answer if answer is not None else '(no <answer> tag)'}"]
+    if reference:
+        lines += [f"reward     {float(is_correct(completion.text, reference)):.0f} (reference {reference})"]
+    lines += [f"tokens     {len(completion.ids)}{', cut off' if completion.truncated else ''}"]
+    if reasoning is None and answer is None:
+        lines += ["", "said       " + completion.text]
+    return "\n".join(lines)
+
+
+def side_by_side(left: str, right: str, width: int) -> str:
+    """Two texts in two columns that fill `width` characters."""
+    column = max(20, (width - 3) // 2)
+    wrapped = [
+        [piece for line in text.splitlines() for piece in textwrap.wrap(line, column) or [""]] for text in (left, right)
+    ]
+    height = max(map(len, wrapped))
+    rows = zip(*(w + [""] * (height - len(w)) for w in wrapped), strict=True)
+    return "\n".join(f"{a:<{column}} | {b}" for a, b in rows)
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Answer with both models and print the answers beside each other."""
+    config, others = run_config(
+        argv, __doc__, question="the question to ask; without one, the first three of the test set",
+        base="the model to compare with, instead of the one the run started from",
+    )  # fmt: skip
+    if others["question"] is not None:
+        questions = [Question(others["question"], "", "")]
+    else:
+        questions = held_out_questions(config, load_tokenizer(config.model))[:3]
+    names = [find_model(others["base"])] if others["base"] else []
+    names.append(config.model)
+    columns = [answers(name, questions, config) for name in names]
+    width = shutil.get_terminal_size((120, 24)).columns
+    for question, *completions in zip(questions, *columns, strict=True):
+        print("\n" + textwrap.fill(question.question, width) + "\n")
+        texts = [describe(name, c, question.reference) for name, c in zip(names, completions, strict=True)]
+        print(texts[0] if len(texts) == 1 else side_by_side(*texts, width))
+
+
+if __name__ == "__main__":
+    main()

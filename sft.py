@@ -1,0 +1,97 @@
+"""Supervised warm start: teach a model the answer format, from worked solutions, before GRPO.
+
+    python sft.py --model Qwen/Qwen2.5-0.5B --steps 200 --lr 1e-5 --run_dir runs/warm     then
+    python train.py --model runs/warm/model
+
+Each example is a question's prompt and the completion that the dataset's own solution makes:
+`<think>` the solution `</think> <answer>` the final answer `</answer>`. A column `completion` in the dataset is used
+as it stands instead. The loss is the mean negative log-likelihood of all completion tokens of an optimizer step; the
+learning rate rises over warmup_steps and falls linearly to 0. The knobs are those of train.py.
+"""
+
+import re
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from checkpoint import new_run_dir
+from config import Config, located, parse_config
+from data import Question, QuestionStream, load_questions, with_prompts
+from errors import command
+from loss import token_weights
+from model import Policy, build_accelerator, build_optimizer, load_model, load_tokenizer
+from monitor import progress
+from replay_buffer import Experience, batches, pad_batch
+
+CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations: 48/2 = <<48/2=24>>24
+
+
+def target(question: Question) -> str:
+    """The completion to imitate."""
+    if "completion" in question.columns:
+        return question.columns["completion"]
+    return f"<think>{CALCULATOR.sub('', question.solution)}</think>\n<answer>{question.reference}</answer>"
+
+
+def example(question: Question, tokenizer: Any, max_new_tokens: int) -> Experience:
+    """Prompt and target as tokens, the end token included unless the target is cut off."""
+    ids = tokenizer(target(question), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return Experience.of(question.prompt_ids, ids[:max_new_tokens], returns=0.0, advantage=0.0)
+
+
+def fit(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    tokenizer: Any,
+    stream: QuestionStream,
+    config: Config,
+) -> None:
+    """`config.steps` optimizer steps on the next questions of `stream`."""
+    policy.train()
+    bar = progress(range(config.steps), "supervised")
+    for step in bar:
+        rise, fall = (step + 1) / max(1, config.warmup_steps), 1 - step / config.steps
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, rise) * fall
+        examples = [example(q, tokenizer, config.max_new_tokens) for q in stream.take(config.train_batch_size)]
+        weights = token_weights([e.num_actions for e in examples], "token-mean")
+        total = 0.0
+        for chosen in batches(list(zip(examples, weights, strict=True)), config.micro_batch_size):
+            batch = pad_batch([e for e, _ in chosen]).to(accelerator.device)
+            log_probs, _ = policy(batch)
+            per_sequence = torch.where(batch.action_mask, log_probs, 0.0).sum(-1)
+            loss = -(torch.stack([w for _, w in chosen]).to(accelerator.device) * per_sequence).sum()
+            accelerator.backward(loss)
+            total += loss.item()
+        accelerator.clip_grad_norm_(policy.parameters(), config.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{total:.3f}")
+    policy.eval()
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Train on the solutions of `config.dataset`, then write <run_dir>/model."""
+    config, _ = parse_config(argv, __doc__)
+    accelerator = build_accelerator(config)
+    questions = load_questions(located(config.dataset), "train", config.dataset_config)
+    tokenizer = load_tokenizer(config.model)
+    set_seed(config.seed)
+    policy = Policy(load_model(config.model, config.precision, config.gradient_checkpointing), temperature=1.0)
+    questions, dropped = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    print(f"{len(questions)} examples; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens")
+    folder = new_run_dir(config)
+    policy, optimizer = accelerator.prepare(policy, build_optimizer(policy, config))
+    fit(policy, optimizer, accelerator, tokenizer, QuestionStream(questions, config.seed), config)
+    accelerator.unwrap_model(policy).model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    print(f"written: {folder / 'model'}")
+
+
+if __name__ == "__main__":
+    main()

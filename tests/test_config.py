@@ -1,0 +1,149 @@
+"""config.py and the command line: presets, files, flags, and one sentence for whatever is wrong."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+import train
+from config import PRESETS, Config, parse_config
+from errors import UserError
+
+
+def test_presets_and_flags():
+    config, _ = parse_config([])
+    assert config == Config() and config.model == "Qwen/Qwen2.5-0.5B-Instruct"
+    for name in PRESETS:
+        assert parse_config(["--preset", name])[0].preset == name
+    config, _ = parse_config(
+        ["--preset", "tiny", "--lr", "1e-5", "--reward", "accuracy", "format", "--reward_weights", "1", "0.5"]
+    )
+    assert (config.lr, config.reward, config.reward_weights, config.group_size) == (
+        1e-5,
+        ["accuracy", "format"],
+        [1.0, 0.5],
+        8,
+    )
+    assert parse_config(["--no_gradient_checkpointing"])[0].gradient_checkpointing is False
+    assert parse_config(["--gradient-checkpointing", "false"])[0].gradient_checkpointing is False
+
+
+def test_the_tutorials_numbers():
+    c = Config()
+    assert (c.seed, c.lr, c.train_batch_size, c.group_size, c.rollouts_per_step) == (42, 5e-6, 16, 12, 32)
+    assert (c.epochs_per_step, c.temperature, c.top_p, c.max_norm, c.clip_eps, c.kl_weight) == (
+        1,
+        1.0,
+        1.0,
+        1.0,
+        0.2,
+        0.01,
+    )
+    assert c.max_prompt_tokens + c.max_new_tokens == 1024 and c.checkpoint_interval == 20
+    assert (
+        c.arithmetic
+        == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in 4 micro-batches of 4"
+    )
+
+
+def test_a_saved_config_runs_again(tmp_path):
+    config, _ = parse_config(["--preset", "tiny", "--lr", "3e-5", "--clip_eps_high", "0.3", "--run_dir", "runs/x"])
+    config.save(tmp_path / "config.yaml")
+    again, _ = parse_config(["--config", str(tmp_path / "config.yaml"), "--seed", "7"])
+    assert again == dataclasses.replace(config, seed=7, run_dir="")
+    resumed, others = parse_config(["--run_dir", str(tmp_path), "--resume"])
+    assert resumed == dataclasses.replace(config, run_dir=str(tmp_path)) and others["resume"] == str(tmp_path)
+    assert parse_config(["--resume", str(tmp_path)])[0] == resumed
+    (tmp_path / "hand.yaml").write_text("preset: tiny\nlr: 1e-5\nkl_weight: 0\n")
+    by_hand, _ = parse_config(["--config", str(tmp_path / "hand.yaml")])
+    assert (by_hand.lr, by_hand.kl_weight) == (1e-5, 0.0), "YAML reads 1e-5 as text and 0 as an integer"
+
+
+BAD = [
+    (["--lrr", "1"], "There is no flag '--lrr'; did you mean --lr?"),
+    (["--group_sizes=3"], "did you mean --group_size?"),
+    (["fast"], "I do not know what to do with 'fast'"),
+    (["--lr", "fast"], "invalid float value: 'fast'"),
+    (["--lr"], "expected one argument"),
+    (["--steps", "2.5"], "invalid int value"),
+    (["--preset", "tinny"], "There is no preset 'tinny'; did you mean tiny?"),
+    (["--objective", "gpro"], "There is no objective 'gpro'; did you mean grpo?"),
+    (["--loss_agg_mode", "mean"], "There is no loss_agg_mode 'mean'"),
+    (["--reward", "acuracy"], "There is no reward 'acuracy'; did you mean accuracy?"),
+    (["--reward", "accuracy", "format"], "2 rewards but 1 weights"),
+    (["--reward", "mine.py:f"], "There is no file mine.py"),
+    (["--precision", "fp16"], "There is no precision 'fp16'"),
+    (["--device", "gpu"], "There is no device 'gpu'"),
+    (["--optimizer", "sgd"], "There is no optimizer 'sgd'"),
+    (["--lr", "0"], "--lr is 0.0; it must be more than 0"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--kl_weight", "-1"], "--kl_weight is -1.0; it must be 0 or more"),
+    (["--kl_weight", "inf"], "--kl_weight is inf"),
+    (["--steps", "0"], "--steps is 0; it must be 1 or more"),
+    (["--group_size", "1"], "--group_size is 1; it must be 2 or more"),
+    (["--temperature", "0"], "--temperature is 0.0; it must be more than 0"),
+    (["--top_p", "1.5"], "it is a probability"),
+    (["--clip_eps", "1"], "keep it below 1"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--micro_batch_size", "512"], "--micro_batch_size 512 is larger than --train_batch_size 256"),
+    (["--train_batch_size", "999", "--micro_batch_size", "1"], "larger than the 256 sequences of a rollout"),
+    (["--model", "tiny/task"], "Cannot load the"),
+    (["--model", "no/such-model"], "Cannot load the tokenizer 'no/such-model'"),
+    (["--dataset", "nowhere.jsonl"], "There is no file or folder nowhere.jsonl"),
+    (["--dataset", "tiny/model"], "must hold one train.jsonl"),
+    (["--dataset", "tiny/task/train.jsonl"], "is one file, without held-out questions"),
+    (["--max_prompt_tokens", "3"], "Every prompt is longer"),
+    (["--config", "nowhere.yaml"], "Cannot read the config nowhere.yaml"),
+    (["--config", "tests/test_config.py"], "is not"),
+    (["--resume"], "There is no run to resume"),
+    (["--resume", "nowhere"], "There is no run to resume in nowhere"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, flags, message):
+    preset = [] if {"--preset", "--config", "--resume"} & set(flags) else ["--preset=tiny"]
+    with pytest.raises(SystemExit) as caught:
+        train.main([*preset, f"--run_dir={tmp_path}/run", "--device=cpu", *flags])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error, error
+    sentences = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1 and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_gsm8k_without_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        train.main([f"--run_dir={tmp_path}/run"])
+    assert caught.value.code == 2 and "--preset tiny runs on any machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lrr: 1", "There is no knob .* 'lrr'; did you mean lr"),
+        ("lr: fast", "lr in .* is 'fast'; it must be of type float"),
+        ("steps: 2.5", "must be of type int"),
+        ("steps: true", "must be of type int"),
+        ("reward: accuracy", "must be a list"),
+        ("- a", "is not a config"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_broken_config_file(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse_config(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_contradictions(tmp_path):
+    Config(preset="tiny").save(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="leave out --preset gsm8k"):
+        parse_config(["--config", str(tmp_path / "config.yaml"), "--preset", "gsm8k"])
+    with pytest.raises(UserError, match="leave out --config"):
+        parse_config(["--config", str(tmp_path / "config.yaml"), "--resume", str(tmp_path)])
+    with pytest.raises(UserError, match="Say which run to continue"):
+        parse_config(["--resume"])
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["preset"] == "tiny"

@@ -1,0 +1,346 @@
+"""The training loop: ask, mark, compare, remember, learn.
+
+    python train.py                    Qwen2.5-0.5B-Instruct on GSM8K, on one CUDA GPU
+    python train.py --preset tiny      the bundled model on the bundled task, on any machine, in about a minute
+    python train.py --resume runs/NAME         go on from the newest checkpoint
+    python train.py --help             every knob
+
+The way from here to the gradient: rollout.py samples, reward.py scores, loss.py compares and has the objective,
+model.py gives the log-probabilities. Departures from the paper's algorithm 1 stand at the top of loss.py.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+import checkpoint
+import reward
+from config import Config, located, parse_config
+from data import Question, QuestionStream, load_questions, with_prompts
+from errors import UserError, choose, command
+from evaluate import evaluate, held_out_questions
+from loss import OBJECTIVES, TOKEN_WEIGHTS, GRPOLoss, group_advantages, token_weights
+from model import Policy, build_accelerator, build_optimizer, check_pair, load_model, load_tokenizer
+from monitor import Monitor, completion_page, describe_run, progress
+from replay_buffer import Experience, ReplayBuffer, batches, pad_batch
+from rollout import Completion, Sampling, rollout
+
+
+@dataclass
+class Trainer:
+    """What the loop works with. Built by `build`, which does everything that can fail before anything is written."""
+
+    config: Config
+    accelerator: Accelerator
+    tokenizer: Any
+    policy: nn.Module
+    reference: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    objective: GRPOLoss
+    rewards: dict[str, reward.RewardFunction]
+    questions: QuestionStream
+    held_out: list[Question]
+    start_step: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model inside the policy, for sampling and saving."""
+        return self.accelerator.unwrap_model(self.policy).model
+
+
+def train(t: Trainer, monitor: Monitor, run_dir: Path) -> None:
+    """The loop. Evaluation, checkpoint and log are one line each below its five verbs."""
+    config = t.config
+    replay_buffer = ReplayBuffer()
+    if t.start_step == 0 and config.eval_interval:
+        evaluation(t, monitor)
+        monitor.flush(0, config.steps)
+    with Interruption() as interrupted:
+        for step in progress(range(t.start_step + 1, config.steps + 1), "steps"):
+            start = time.perf_counter()
+            generator = seed_step(config.seed, step)
+            questions = t.questions.take(config.rollouts_per_step)
+            completions = ask(t, questions, monitor)
+            returns = mark(t, questions, completions, monitor)
+            advantages = compare(t, returns, monitor)
+            remember(t, replay_buffer, questions, completions, returns, advantages, monitor)
+            learn(t, replay_buffer, step, generator, monitor)
+            monitor.add("time/step", time.perf_counter() - start)
+
+            show_samples(monitor, questions, completions, returns, advantages, config.log_completions, step)
+            last = step == config.steps or interrupted()
+            if config.eval_interval and (step % config.eval_interval == 0 or step == config.steps):
+                evaluation(t, monitor)
+            monitor.flush(step, config.steps)
+            if config.checkpoint_interval and (step % config.checkpoint_interval == 0 or last):
+                save(t, run_dir, step)
+            if interrupted():
+                break
+
+
+def ask(t: Trainer, questions: list[Question], monitor: Monitor) -> list[list[Completion]]:
+    """Sample a group of completions for each question."""
+    config = t.config
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.rollout_batch_size)
+    start = time.perf_counter()
+    with monitor.time("time/rollout"), t.accelerator.autocast():
+        groups = rollout(t.model, t.tokenizer, questions, config.group_size, sampling, quiet_progress("rollout"))
+    flat = [c for group in groups for c in group]
+    tokens = sum(len(c.ids) for c in flat)
+    monitor.add("rollout/completion_tokens", tokens, len(flat))
+    monitor.add("rollout/truncated_share", sum(c.truncated for c in flat), len(flat))
+    monitor.add("perf/tokens_per_second", tokens, time.perf_counter() - start)
+    return groups
+
+
+def mark(t: Trainer, questions: list[Question], completions: list[list[Completion]], monitor: Monitor) -> Tensor:
+    """Score every completion: returns, float32 (questions, group_size), NaN where no reward could score."""
+    pairs = [(q, c) for q, group in zip(questions, completions, strict=True) for c in group]
+    columns = {name: [q.columns[name] for q, _ in pairs] for name in questions[0].columns}
+    columns |= {
+        "reference": [q.reference for q, _ in pairs],
+        "completion_ids": [c.ids for _, c in pairs],
+        "max_new_tokens": t.config.max_new_tokens,
+    }
+    prompts, texts = [q.prompt for q, _ in pairs], [c.text for _, c in pairs]
+    returns, by_name = reward.score(t.rewards, t.config.reward_weights, prompts, texts, columns)
+    for name, values in by_name.items():
+        add_spread(monitor, f"reward/{name}_mean", f"reward/{name}_std", values)
+    add_spread(monitor, "rollout/returns", "rollout/returns_std", returns)
+    for question, completion in pairs:
+        success = reward.is_correct(completion.text, question.reference)
+        monitor.add("rollout/success_rate", success)
+        if question.difficulty:
+            monitor.add(f"rollout/success_{question.difficulty}", success)
+    return returns.view(len(questions), -1)
+
+
+def compare(t: Trainer, returns: Tensor, monitor: Monitor) -> Tensor:
+    """Advantages inside each group, float32 (questions, group_size)."""
+    normalize_std = t.objective.objective.normalize_std
+    advantages = group_advantages(returns, normalize_std)
+    baselines = returns.nanmean(-1)
+    add_spread(monitor, "rollout/group_baseline", "rollout/group_baseline_std", baselines)
+    add_spread(monitor, "rollout/advantage_mean", "rollout/advantage_std", advantages.flatten())
+    monitor.add("rollout/no_spread_share", (advantages == 0).all(-1).sum(), len(advantages))
+    return advantages
+
+
+def remember(
+    t: Trainer,
+    replay_buffer: ReplayBuffer,
+    questions: list[Question],
+    completions: list[list[Completion]],
+    returns: Tensor,
+    advantages: Tensor,
+    monitor: Monitor,
+) -> None:
+    """Fill the replay buffer, with the log-probabilities of the policy that sampled and of the reference.
+
+    With a single optimizer step per rollout the policy that learns is the policy that sampled, so its old
+    log-probabilities are the new ones, and are not computed twice.
+    """
+    replay_buffer.clear()
+    fresh = [
+        Experience.of(question.prompt_ids, completion.ids, float(r), float(a))
+        for question, group, group_r, group_a in zip(questions, completions, returns, advantages, strict=True)
+        for completion, r, a in zip(group, group_r, group_a, strict=True)
+    ]
+    sources = {"action_log_probs": t.policy if t.config.optimizer_steps > 1 else None, "log_probs_ref": t.reference}
+    with monitor.time("time/log_probs"), torch.no_grad():
+        for items in batches(fresh, t.config.micro_batch_size):
+            batch = pad_batch(items).to(t.accelerator.device)
+            found = {name: source(batch)[0].cpu() for name, source in sources.items() if source is not None}
+            for i, item in enumerate(items):
+                rows = {name: values[i, : item.num_actions] for name, values in found.items()}
+                replay_buffer.append(replace(item, **rows))
+
+
+def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.Generator, monitor: Monitor) -> None:
+    """`epochs_per_step` passes over the buffer, one optimizer step for each mini-batch."""
+    config = t.config
+    lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
+    for group in t.optimizer.param_groups:
+        group["lr"] = lr
+    monitor.add("train/lr", lr)
+    t.policy.train()
+    with monitor.time("time/update"):
+        for _ in range(config.epochs_per_step):
+            for mini_batch in replay_buffer.mini_batches(config.train_batch_size, generator):
+                optimizer_step(t, mini_batch, monitor)
+    t.policy.eval()
+
+
+def optimizer_step(t: Trainer, mini_batch: list[Experience], monitor: Monitor) -> None:
+    """Add up the gradients of the micro-batches, clip, step; unless the loss or the gradient is not finite.
+
+    Weights are those of the whole mini-batch. Without a KL a completion whose advantage is 0 has no gradient, so it is
+    not computed; and the order is by length, so that little of a micro-batch is padding. Neither changes the sum.
+    """
+    weights = token_weights([e.num_actions for e in mini_batch], t.objective.objective.loss_agg_mode)
+    pairs = [(e, w) for e, w in zip(mini_batch, weights, strict=True) if t.reference is not None or e.advantages != 0]
+    pairs.sort(key=lambda pair: len(pair[0].sequences))
+    total = torch.zeros((), device=t.accelerator.device)
+    for chosen in batches(pairs, t.config.micro_batch_size):
+        batch = pad_batch([e for e, _ in chosen]).to(t.accelerator.device)
+        log_probs, entropies = t.policy(batch)
+        loss, metrics = t.objective(log_probs, batch, torch.stack([w for _, w in chosen]).to(t.accelerator.device))
+        t.accelerator.backward(loss)
+        total += loss.detach()
+        monitor.add_all(metrics)
+        mask = batch.action_mask
+        monitor.add("train/entropy", torch.where(mask, entropies, 0.0).sum(), mask.sum())
+    grad_norm = t.accelerator.clip_grad_norm_(t.policy.parameters(), t.config.max_norm)
+    finite = bool(torch.isfinite(total) & torch.isfinite(grad_norm))
+    if finite:
+        t.optimizer.step()
+        monitor.add("train/loss", total)
+        monitor.add("train/grad_norm", grad_norm)
+    t.optimizer.zero_grad()
+    monitor.add("train/skipped_steps", 0 if finite else t.config.optimizer_steps, 1)
+
+
+def add_spread(monitor: Monitor, mean_name: str, std_name: str, values: Tensor) -> None:
+    """Log the mean and the standard deviation (of the population) of what was scored."""
+    values = values[~values.isnan()]
+    if len(values):
+        monitor.add(mean_name, values.sum(), len(values))
+        monitor.add(std_name, values.std(correction=0))
+
+
+def evaluation(t: Trainer, monitor: Monitor) -> None:
+    """Held-out accuracy into the log."""
+    with monitor.time("time/evaluate"), t.accelerator.autocast():
+        monitor.add_all(evaluate(t.model, t.tokenizer, t.held_out, t.config, quiet_progress("evaluate")))
+
+
+def save(t: Trainer, run_dir: Path, step: int) -> None:
+    """A checkpoint of this step."""
+    state = checkpoint.TrainerState(step, t.questions.position, t.optimizer.state_dict())
+    checkpoint.save_checkpoint(run_dir, state, t.model, t.tokenizer, t.config)
+
+
+def show_samples(
+    monitor: Monitor,
+    questions: list[Question],
+    completions: list[list[Completion]],
+    returns: Tensor,
+    advantages: Tensor,
+    count: int,
+    step: int,
+) -> None:
+    """The first `count` completions of the step's first question, as pages of text."""
+    for i, completion in enumerate(completions[0][:count]):
+        question, r, a = questions[0], float(returns[0, i]), float(advantages[0, i])
+        page = completion_page(question.question, question.reference, completion.text, r, a)
+        monitor.text(f"samples/completion_{i + 1}", page, step)
+
+
+def quiet_progress(what: str) -> Callable:
+    """A progress bar that disappears when it is done."""
+    return lambda items: progress(items, what, leave=False)
+
+
+def seed_step(seed: int, step: int) -> torch.Generator:
+    """Seed everything that is drawn in a step from (seed, step), and return the generator that shuffles its batches."""
+    state = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    set_seed(state)
+    return torch.Generator().manual_seed(state)
+
+
+class Interruption:
+    """Ctrl-C or a polite kill: finish the step, save, stop. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> Callable[[], bool]:
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return lambda: self.came
+
+    def handle(self, number: int, frame: Any) -> None:
+        """Note the first signal; obey the second."""
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+        print("\nstopping: this step is finished and saved first; once more stops at once", flush=True)
+
+    def __exit__(self, *details: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def build(config: Config, resume: str | None) -> Trainer:
+    """Load and check everything that a run needs; UserError if something is missing. Writes nothing."""
+    row = OBJECTIVES[choose(config.objective, OBJECTIVES, "objective")]
+    mode = choose(config.loss_agg_mode or row.loss_agg_mode, TOKEN_WEIGHTS, "loss_agg_mode")
+    normalize_std = row.normalize_std if config.normalize_std is None else config.normalize_std
+    row = replace(row, loss_agg_mode=mode, normalize_std=normalize_std)
+    objective = GRPOLoss(row, config.clip_eps, config.clip_eps_high, config.kl_weight)
+    rewards = reward.load_rewards(config.reward)
+    accelerator = build_accelerator(config)
+    saved = newest_checkpoint(resume) if resume else None
+    state = checkpoint.load_state(saved) if saved else None
+
+    questions = load_questions(located(config.dataset), "train", config.dataset_config)
+    tokenizer = load_tokenizer(config.model)
+    questions, dropped = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    print(f"{len(questions)} questions; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens")
+    held_out = held_out_questions(config, tokenizer) if config.eval_interval else []
+
+    set_seed(config.seed)
+    model = load_model(str(saved or config.model), config.precision, config.gradient_checkpointing)
+    check_pair(model, tokenizer, config.model)
+    reference = load_model(config.model, config.precision) if config.kl_weight > 0 else None
+    policy, optimizer = accelerator.prepare(Policy(model, config.temperature), build_optimizer(model, config))
+    if reference is not None:
+        reference = Policy(reference.requires_grad_(False), config.temperature)
+        reference = accelerator.prepare_model(reference, evaluation_mode=True)
+    if state:
+        optimizer.load_state_dict(state.optimizer)
+    stream = QuestionStream(questions, config.seed, state.position if state else 0)
+    step = state.step if state else 0
+    return Trainer(
+        config, accelerator, tokenizer, policy, reference, optimizer, objective, rewards, stream, held_out, step
+    )
+
+
+def newest_checkpoint(run_dir: str) -> Path | None:
+    """The checkpoint to resume from; None if the run was stopped before its first one."""
+    found = checkpoint.checkpoints(Path(run_dir))
+    return found[-1] if found else None
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Read the command line, build the trainer, open the run folder, train."""
+    config, others = parse_config(argv, __doc__)
+    print(config.arithmetic)
+    trainer = build(config, others["resume"])
+    if trainer.start_step >= config.steps:
+        raise UserError(f"The run is already at step {trainer.start_step} of {config.steps}; raise --steps to go on.")
+    run_dir = Path(config.run_dir) if others["resume"] else checkpoint.new_run_dir(config)
+    held = checkpoint.lock(run_dir)
+    config.save(run_dir / "config.yaml")
+    place = f"from step {trainer.start_step} " if trainer.start_step else ""
+    print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")
+    monitor = Monitor(run_dir, trainer.start_step)
+    describe_run(monitor, (run_dir / "config.yaml").read_text(encoding="utf-8"), config.arithmetic)
+    try:
+        train(trainer, monitor, run_dir)
+    finally:
+        monitor.close()
+        held.release()
+
+
+if __name__ == "__main__":
+    main()
