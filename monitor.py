@@ -106,12 +106,14 @@ def progress(items: Iterable, what: str, leave: bool = True) -> tqdm:
 class Monitor:
     """Collects the metrics of a step and writes them out."""
 
-    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
-        """Open the run's logs; those of steps after `start_step` (of a run that is resumed) are taken back."""
+    def __init__(self) -> None:
+        self.sums: dict[str, list] = {}
+
+    def open(self, run_dir: Path, start_step: int = 0) -> None:
+        """Open the run's logs; what a run that is resumed had written after `start_step` is taken back."""
         self.file = run_dir / "metrics.jsonl"
         keep_until(self.file, start_step)
         self.writer = SummaryWriter(run_dir, purge_step=start_step + 1 if start_step else None)
-        self.sums: dict[str, list] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
         """Add to a metric; its value for the step is sum / count. Tensors stay where they are until `flush`."""
@@ -124,6 +126,13 @@ class Monitor:
         """Add several, given as name: (sum, count)."""
         for name, (total, count) in metrics.items():
             self.add(name, total, count)
+
+    def add_spread(self, mean_name: str, std_name: str, values: Tensor) -> None:
+        """Add the mean and the standard deviation (of the population) of `values`, NaNs left out."""
+        values = values[~values.isnan()]
+        if len(values):
+            self.add(mean_name, values.sum(), len(values))
+            self.add(std_name, values.std(correction=0))
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:

@@ -45,10 +45,11 @@ class Trainer:
     policy: nn.Module
     reference: nn.Module | None
     optimizer: torch.optim.Optimizer
-    objective: GRPOLoss
+    loss: GRPOLoss
     rewards: dict[str, reward.RewardFunction]
     questions: QuestionStream
     held_out: list[Question]
+    monitor: Monitor
     start_step: int
 
     @property
@@ -57,55 +58,60 @@ class Trainer:
         return self.accelerator.unwrap_model(self.policy).model
 
 
-def train(t: Trainer, monitor: Monitor, run_dir: Path) -> None:
+def train(t: Trainer, run_dir: Path) -> None:
     """The loop. Evaluation, checkpoint and log are one line each below its five verbs."""
     config = t.config
     replay_buffer = ReplayBuffer()
     if t.start_step == 0 and config.eval_interval:
-        evaluation(t, monitor)
-        monitor.flush(0, config.steps)
+        evaluation(t)
+        t.monitor.flush(0, config.steps)
     with Interruption() as interrupted:
         for step in progress(range(t.start_step + 1, config.steps + 1), "steps"):
             start = time.perf_counter()
             generator = seed_step(config.seed, step)
             questions = t.questions.take(config.rollouts_per_step)
-            completions = ask(t, questions, monitor)
-            returns = mark(t, questions, completions, monitor)
-            advantages = compare(t, returns, monitor)
-            remember(t, replay_buffer, questions, completions, returns, advantages, monitor)
-            learn(t, replay_buffer, step, generator, monitor)
-            monitor.add("time/step", time.perf_counter() - start)
+            completions = ask(t, questions)
+            returns = mark(t, questions, completions)
+            advantages = compare(t, returns)
+            remember(t, replay_buffer, questions, completions, returns, advantages)
+            learn(t, replay_buffer, step, generator)
+            t.monitor.add("time/step", time.perf_counter() - start)
 
-            show_samples(monitor, questions, completions, returns, advantages, config.log_completions, step)
-            last = step == config.steps or interrupted()
-            if config.eval_interval and (step % config.eval_interval == 0 or step == config.steps):
-                evaluation(t, monitor)
-            monitor.flush(step, config.steps)
-            if config.checkpoint_interval and (step % config.checkpoint_interval == 0 or last):
+            show_samples(t, questions, completions, returns, advantages, step)
+            last = step == config.steps
+            if due(config.eval_interval, step, last):
+                evaluation(t)
+            t.monitor.flush(step, config.steps)
+            if due(config.checkpoint_interval, step, last or interrupted()):
                 save(t, run_dir, step)
             if interrupted():
                 break
 
 
-def ask(t: Trainer, questions: list[Question], monitor: Monitor) -> list[list[Completion]]:
+def due(interval: int, step: int, last: bool) -> bool:
+    """Whether something that happens every `interval` steps, and at the last one, happens now; 0 means never."""
+    return interval > 0 and (last or step % interval == 0)
+
+
+def ask(t: Trainer, questions: list[Question]) -> list[list[Completion]]:
     """Sample a group of completions for each question."""
     config = t.config
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.rollout_batch_size)
     start = time.perf_counter()
-    with monitor.time("time/rollout"), t.accelerator.autocast():
+    with t.monitor.time("time/rollout"), t.accelerator.autocast():
         groups = rollout(t.model, t.tokenizer, questions, config.group_size, sampling, quiet_progress("rollout"))
     flat = [c for group in groups for c in group]
     tokens = sum(len(c.ids) for c in flat)
-    monitor.add("rollout/completion_tokens", tokens, len(flat))
-    monitor.add("rollout/truncated_share", sum(c.truncated for c in flat), len(flat))
-    monitor.add("perf/tokens_per_second", tokens, time.perf_counter() - start)
+    t.monitor.add("rollout/completion_tokens", tokens, len(flat))
+    t.monitor.add("rollout/truncated_share", sum(c.truncated for c in flat), len(flat))
+    t.monitor.add("perf/tokens_per_second", tokens, time.perf_counter() - start)
     return groups
 
 
-def mark(t: Trainer, questions: list[Question], completions: list[list[Completion]], monitor: Monitor) -> Tensor:
+def mark(t: Trainer, questions: list[Question], completions: list[list[Completion]]) -> Tensor:
     """Score every completion: returns, float32 (questions, group_size), NaN where no reward could score."""
     pairs = [(q, c) for q, group in zip(questions, completions, strict=True) for c in group]
-    columns = {name: [q.columns[name] for q, _ in pairs] for name in questions[0].columns}
+    columns = {name: [q.columns.get(name) for q, _ in pairs] for question in questions for name in question.columns}
     columns |= {
         "reference": [q.reference for q, _ in pairs],
         "completion_ids": [c.ids for _, c in pairs],
@@ -114,24 +120,24 @@ def mark(t: Trainer, questions: list[Question], completions: list[list[Completio
     prompts, texts = [q.prompt for q, _ in pairs], [c.text for _, c in pairs]
     returns, by_name = reward.score(t.rewards, t.config.reward_weights, prompts, texts, columns)
     for name, values in by_name.items():
-        add_spread(monitor, f"reward/{name}_mean", f"reward/{name}_std", values)
-    add_spread(monitor, "rollout/returns", "rollout/returns_std", returns)
+        t.monitor.add_spread(f"reward/{name}_mean", f"reward/{name}_std", values)
+    t.monitor.add_spread("rollout/returns", "rollout/returns_std", returns)
     for question, completion in pairs:
         success = reward.is_correct(completion.text, question.reference)
-        monitor.add("rollout/success_rate", success)
+        t.monitor.add("rollout/success_rate", success)
         if question.difficulty:
-            monitor.add(f"rollout/success_{question.difficulty}", success)
+            t.monitor.add(f"rollout/success_{question.difficulty}", success)
     return returns.view(len(questions), -1)
 
 
-def compare(t: Trainer, returns: Tensor, monitor: Monitor) -> Tensor:
+def compare(t: Trainer, returns: Tensor) -> Tensor:
     """Advantages inside each group, float32 (questions, group_size)."""
-    normalize_std = t.objective.objective.normalize_std
+    normalize_std = t.loss.objective.normalize_std
     advantages = group_advantages(returns, normalize_std)
     baselines = returns.nanmean(-1)
-    add_spread(monitor, "rollout/group_baseline", "rollout/group_baseline_std", baselines)
-    add_spread(monitor, "rollout/advantage_mean", "rollout/advantage_std", advantages.flatten())
-    monitor.add("rollout/no_spread_share", (advantages == 0).all(-1).sum(), len(advantages))
+    t.monitor.add_spread("rollout/group_baseline", "rollout/group_baseline_std", baselines)
+    t.monitor.add_spread("rollout/advantage_mean", "rollout/advantage_std", advantages.flatten())
+    t.monitor.add("rollout/no_spread_share", (advantages == 0).all(-1).sum(), len(advantages))
     return advantages
 
 
@@ -142,7 +148,6 @@ def remember(
     completions: list[list[Completion]],
     returns: Tensor,
     advantages: Tensor,
-    monitor: Monitor,
 ) -> None:
     """Fill the replay buffer, with the log-probabilities of the policy that sampled and of the reference.
 
@@ -156,7 +161,7 @@ def remember(
         for completion, r, a in zip(group, group_r, group_a, strict=True)
     ]
     sources = {"action_log_probs": t.policy if t.config.optimizer_steps > 1 else None, "log_probs_ref": t.reference}
-    with monitor.time("time/log_probs"), torch.no_grad():
+    with t.monitor.time("time/log_probs"), torch.no_grad():
         for items in batches(fresh, t.config.micro_batch_size):
             batch = pad_batch(items).to(t.accelerator.device)
             found = {name: source(batch)[0].cpu() for name, source in sources.items() if source is not None}
@@ -165,62 +170,54 @@ def remember(
                 replay_buffer.append(replace(item, **rows))
 
 
-def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.Generator, monitor: Monitor) -> None:
+def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.Generator) -> None:
     """`epochs_per_step` passes over the buffer, one optimizer step for each mini-batch."""
     config = t.config
     lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
     for group in t.optimizer.param_groups:
         group["lr"] = lr
-    monitor.add("train/lr", lr)
+    t.monitor.add("train/lr", lr)
     t.policy.train()
-    with monitor.time("time/update"):
+    with t.monitor.time("time/update"):
         for _ in range(config.epochs_per_step):
             for mini_batch in replay_buffer.mini_batches(config.train_batch_size, generator):
-                optimizer_step(t, mini_batch, monitor)
+                optimizer_step(t, mini_batch)
     t.policy.eval()
 
 
-def optimizer_step(t: Trainer, mini_batch: list[Experience], monitor: Monitor) -> None:
+def optimizer_step(t: Trainer, mini_batch: list[Experience]) -> None:
     """Add up the gradients of the micro-batches, clip, step; unless the loss or the gradient is not finite.
 
     Weights are those of the whole mini-batch. Without a KL a completion whose advantage is 0 has no gradient, so it is
     not computed; and the order is by length, so that little of a micro-batch is padding. Neither changes the sum.
     """
-    weights = token_weights([e.num_actions for e in mini_batch], t.objective.objective.loss_agg_mode)
+    weights = token_weights([e.num_actions for e in mini_batch], t.loss.objective.loss_agg_mode)
     pairs = [(e, w) for e, w in zip(mini_batch, weights, strict=True) if t.reference is not None or e.advantages != 0]
     pairs.sort(key=lambda pair: len(pair[0].sequences))
     total = torch.zeros((), device=t.accelerator.device)
     for chosen in batches(pairs, t.config.micro_batch_size):
         batch = pad_batch([e for e, _ in chosen]).to(t.accelerator.device)
         log_probs, entropies = t.policy(batch)
-        loss, metrics = t.objective(log_probs, batch, torch.stack([w for _, w in chosen]).to(t.accelerator.device))
+        loss, metrics = t.loss(log_probs, batch, torch.stack([w for _, w in chosen]).to(t.accelerator.device))
         t.accelerator.backward(loss)
         total += loss.detach()
-        monitor.add_all(metrics)
+        t.monitor.add_all(metrics)
         mask = batch.action_mask
-        monitor.add("train/entropy", torch.where(mask, entropies, 0.0).sum(), mask.sum())
+        t.monitor.add("train/entropy", torch.where(mask, entropies, 0.0).sum(), mask.sum())
     grad_norm = t.accelerator.clip_grad_norm_(t.policy.parameters(), t.config.max_norm)
     finite = bool(torch.isfinite(total) & torch.isfinite(grad_norm))
     if finite:
         t.optimizer.step()
-        monitor.add("train/loss", total)
-        monitor.add("train/grad_norm", grad_norm)
+        t.monitor.add("train/loss", total)
+        t.monitor.add("train/grad_norm", grad_norm)
     t.optimizer.zero_grad()
-    monitor.add("train/skipped_steps", 0 if finite else t.config.optimizer_steps, 1)
+    t.monitor.add("train/skipped_steps", 0 if finite else t.config.optimizer_steps, 1)
 
 
-def add_spread(monitor: Monitor, mean_name: str, std_name: str, values: Tensor) -> None:
-    """Log the mean and the standard deviation (of the population) of what was scored."""
-    values = values[~values.isnan()]
-    if len(values):
-        monitor.add(mean_name, values.sum(), len(values))
-        monitor.add(std_name, values.std(correction=0))
-
-
-def evaluation(t: Trainer, monitor: Monitor) -> None:
+def evaluation(t: Trainer) -> None:
     """Held-out accuracy into the log."""
-    with monitor.time("time/evaluate"), t.accelerator.autocast():
-        monitor.add_all(evaluate(t.model, t.tokenizer, t.held_out, t.config, quiet_progress("evaluate")))
+    with t.monitor.time("time/evaluate"), t.accelerator.autocast():
+        t.monitor.add_all(evaluate(t.model, t.tokenizer, t.held_out, t.config, quiet_progress("evaluate")))
 
 
 def save(t: Trainer, run_dir: Path, step: int) -> None:
@@ -230,19 +227,18 @@ def save(t: Trainer, run_dir: Path, step: int) -> None:
 
 
 def show_samples(
-    monitor: Monitor,
+    t: Trainer,
     questions: list[Question],
     completions: list[list[Completion]],
     returns: Tensor,
     advantages: Tensor,
-    count: int,
     step: int,
 ) -> None:
-    """The first `count` completions of the step's first question, as pages of text."""
-    for i, completion in enumerate(completions[0][:count]):
+    """The first `log_completions` completions of the step's first question, as pages of text."""
+    for i, completion in enumerate(completions[0][: t.config.log_completions]):
         question, r, a = questions[0], float(returns[0, i]), float(advantages[0, i])
         page = completion_page(question.question, question.reference, completion.text, r, a)
-        monitor.text(f"samples/completion_{i + 1}", page, step)
+        t.monitor.text(f"samples/completion_{i + 1}", page, step)
 
 
 def quiet_progress(what: str) -> Callable:
@@ -285,7 +281,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     mode = choose(config.loss_agg_mode or row.loss_agg_mode, TOKEN_WEIGHTS, "loss_agg_mode")
     normalize_std = row.normalize_std if config.normalize_std is None else config.normalize_std
     row = replace(row, loss_agg_mode=mode, normalize_std=normalize_std)
-    objective = GRPOLoss(row, config.clip_eps, config.clip_eps_high, config.kl_weight)
+    loss = GRPOLoss(row, config.clip_eps, config.clip_eps_high, config.kl_weight)
     rewards = reward.load_rewards(config.reward)
     accelerator = build_accelerator(config)
     saved = newest_checkpoint(resume) if resume else None
@@ -310,7 +306,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     stream = QuestionStream(questions, config.seed, state.position if state else 0)
     step = state.step if state else 0
     return Trainer(
-        config, accelerator, tokenizer, policy, reference, optimizer, objective, rewards, stream, held_out, step
+        config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, Monitor(), step
     )
 
 
@@ -333,12 +329,12 @@ def main(argv: list[str]) -> None:
     config.save(run_dir / "config.yaml")
     place = f"from step {trainer.start_step} " if trainer.start_step else ""
     print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")
-    monitor = Monitor(run_dir, trainer.start_step)
-    describe_run(monitor, (run_dir / "config.yaml").read_text(encoding="utf-8"), config.arithmetic)
+    trainer.monitor.open(run_dir, trainer.start_step)
+    describe_run(trainer.monitor, (run_dir / "config.yaml").read_text(encoding="utf-8"), config.arithmetic)
     try:
-        train(trainer, monitor, run_dir)
+        train(trainer, run_dir)
     finally:
-        monitor.close()
+        trainer.monitor.close()
         held.release()
 
 

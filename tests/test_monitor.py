@@ -8,7 +8,8 @@ from monitor import CHARTS, GLOSSARY, Monitor, console_line, meaning
 
 
 def test_unknown_names_raise(tmp_path):
-    monitor = Monitor(tmp_path)
+    monitor = Monitor()
+    monitor.open(tmp_path)
     with pytest.raises(KeyError):
         monitor.add("train/lss", 1.0)
     with pytest.raises(KeyError):
@@ -17,7 +18,8 @@ def test_unknown_names_raise(tmp_path):
 
 
 def test_means_are_over_all_counts_not_means_of_means(tmp_path):
-    monitor = Monitor(tmp_path)
+    monitor = Monitor()
+    monitor.open(tmp_path)
     monitor.add("train/entropy", torch.tensor(10.0), torch.tensor(10))
     monitor.add("train/entropy", torch.tensor(0.0), torch.tensor(90))
     assert monitor.flush(1, 1)["train/entropy"] == pytest.approx(0.1)

@@ -11,7 +11,6 @@ import checkpoint
 import train
 from config import parse_config
 from errors import UserError
-from monitor import Monitor
 
 
 def build(tmp_path, *flags):
@@ -19,24 +18,27 @@ def build(tmp_path, *flags):
         "--preset=tiny", "--device=cpu", "--rollouts_per_step=3", "--group_size=8", "--train_batch_size=24",
         "--micro_batch_size=24", "--max_new_tokens=48", "--eval_interval=0", f"--run_dir={tmp_path}/run", *flags,
     ])  # fmt: skip
-    return train.build(config, others["resume"])
+    t = train.build(config, others["resume"])
+    tmp_path.mkdir(exist_ok=True)
+    t.monitor.open(tmp_path)
+    return t
 
 
-def one_rollout(t, monitor, buffer):
+def one_rollout(t, buffer):
     """The first four verbs."""
     train.seed_step(t.config.seed, 1)
     questions = t.questions.take(t.config.rollouts_per_step)
-    completions = train.ask(t, questions, monitor)
-    returns = train.mark(t, questions, completions, monitor)
-    train.remember(t, buffer, questions, completions, returns, train.compare(t, returns, monitor), monitor)
+    completions = train.ask(t, questions)
+    returns = train.mark(t, questions, completions)
+    train.remember(t, buffer, questions, completions, returns, train.compare(t, returns))
     return completions
 
 
 def gradient(tmp_path, *flags):
     """The gradient of the first optimizer step, before clipping, over all parameters."""
     t = build(tmp_path, "--max_norm=1e9", *flags)
-    monitor, buffer = Monitor(tmp_path), train.ReplayBuffer()
-    one_rollout(t, monitor, buffer)
+    buffer = train.ReplayBuffer()
+    one_rollout(t, buffer)
     found = {}
 
     def keep():
@@ -46,7 +48,7 @@ def gradient(tmp_path, *flags):
     generator = torch.Generator().manual_seed(0)
     (mini_batch,) = buffer.mini_batches(t.config.train_batch_size, generator)
     t.policy.train()
-    train.optimizer_step(t, mini_batch, monitor)
+    train.optimizer_step(t, mini_batch)
     return torch.cat([g.flatten() for g in found.values()])
 
 
@@ -69,8 +71,8 @@ def test_gradient_checkpointing_never_changes_the_gradient(tmp_path):
 def test_ratio_is_one_before_any_update(tmp_path):
     """Fault 16: old and new log-probabilities through different batches; in fp32 they agree to rounding."""
     t = build(tmp_path, "--train_batch_size=12", "--micro_batch_size=5", "--kl_weight=0.1")
-    buffer, monitor = train.ReplayBuffer(), Monitor(tmp_path)
-    one_rollout(t, monitor, buffer)
+    buffer = train.ReplayBuffer()
+    one_rollout(t, buffer)
     for e in buffer.items:
         log_probs = t.policy(train.pad_batch([e]))[0][0]
         torch.testing.assert_close(log_probs, e.action_log_probs, rtol=1e-4, atol=1e-5)
@@ -79,9 +81,9 @@ def test_ratio_is_one_before_any_update(tmp_path):
 
 def test_old_log_probs_only_where_they_are_needed(tmp_path):
     buffer = train.ReplayBuffer()
-    one_rollout(build(tmp_path / "one"), Monitor(tmp_path), buffer)
+    one_rollout(build(tmp_path / "one"), buffer)
     assert all(e.action_log_probs is None and e.log_probs_ref is None for e in buffer.items)
-    one_rollout(build(tmp_path / "two", "--epochs_per_step=2"), Monitor(tmp_path), buffer)
+    one_rollout(build(tmp_path / "two", "--epochs_per_step=2"), buffer)
     assert all(e.action_log_probs is not None for e in buffer.items)
 
 
@@ -96,7 +98,7 @@ def test_the_end_token_is_trained(tmp_path):
     """Fault 1: with `ids == pad` masked and pad = end, no gradient ever reached the decision to stop."""
     t = build(tmp_path)
     buffer = train.ReplayBuffer()
-    completions = one_rollout(t, Monitor(tmp_path), buffer)
+    completions = one_rollout(t, buffer)
     ended = [c for group in completions for c in group if not c.truncated]
     assert ended and all(c.ids[-1] == t.tokenizer.eos_token_id for c in ended)
     batch = train.pad_batch(buffer.items)
@@ -170,18 +172,18 @@ def test_checkpoints_are_hugging_face_folders(tiny_run):
 def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     """Fault 20: with a finite loss and a NaN gradient, clipping spreads the NaN into every weight."""
     t = build(tmp_path, "--train_batch_size=12", "--micro_batch_size=12")
-    monitor, buffer = Monitor(tmp_path), train.ReplayBuffer()
-    one_rollout(t, monitor, buffer)
+    buffer = train.ReplayBuffer()
+    one_rollout(t, buffer)
     before = [p.clone() for p in t.model.parameters()]
     if where == "loss":
         for i, e in enumerate(buffer.items):
             buffer.items[i] = train.replace(e, advantages=torch.tensor(float("inf")))
     else:
         next(t.model.parameters()).register_hook(lambda g: g * float("nan"))
-    train.learn(t, buffer, 1, torch.Generator().manual_seed(0), monitor)
+    train.learn(t, buffer, 1, torch.Generator().manual_seed(0))
     assert all(torch.equal(p, q) for p, q in zip(before, t.model.parameters(), strict=True))
     assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
-    row = monitor.flush(1, 1)
+    row = t.monitor.flush(1, 1)
     assert row["train/skipped_steps"] == 2 and "train/loss" not in row
 
 
@@ -208,9 +210,9 @@ def test_every_reward_is_logged_by_name(tiny_run, tmp_path):
         ),
         None,
     )
-    monitor = Monitor(tmp_path)
-    one_rollout(t, monitor, train.ReplayBuffer())
-    row = monitor.flush(1, 1)
+    t.monitor.open(tmp_path)
+    one_rollout(t, train.ReplayBuffer())
+    row = t.monitor.flush(1, 1)
     assert row["rollout/returns"] == pytest.approx(row["reward/format_mean"] + 2 * row["reward/short_mean"])
 
 
