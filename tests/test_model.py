@@ -10,7 +10,8 @@ from errors import UserError
 from model import Policy, build_accelerator, check_pair, load_model, load_tokenizer, sequences_log_probs
 from replay_buffer import Experience, pad_batch
 
-ROWS = [([5, 2, 9], [11, 12, 2]), ([6], [13]), ([2, 2, 7, 8, 30], [14, 15, 16, 17])]  # 2 is the end token
+# 2 is the end token, 0 is what pad_batch pads with: both are real tokens too.
+ROWS = [([5, 2, 9], [11, 0, 2]), ([6], [13]), ([2, 0, 7, 8, 30], [14, 15, 16, 17])]
 
 
 def batch():
@@ -115,6 +116,28 @@ def test_bad_models_are_one_sentence(tmp_path, model):
     model.resize_token_embeddings(10)
     with pytest.raises(UserError, match="do not match"):
         check_pair(model, load_tokenizer("tiny/model"), "tiny/model")
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "arithmetic"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16),
+        ("bf16-pure", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_precision(precision, weights, arithmetic):
+    """Weights, logits and the log-probabilities that leave the policy; and a gradient that reaches the weights."""
+    accelerator = build_accelerator(Config(device="cpu", precision=precision))
+    network = load_model("tiny/model", precision)
+    policy = accelerator.prepare(Policy(network, 1.0))
+    seen = []
+    network.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    log_probs, _ = policy(batch())
+    log_probs.sum().backward()
+    assert {p.dtype for p in network.parameters()} == {weights} and seen == [arithmetic]
+    assert log_probs.dtype == torch.float32 and all(p.grad.isfinite().all() for p in network.parameters())
+    assert {p.grad.dtype for p in network.parameters()} == {weights}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")

@@ -187,6 +187,15 @@ def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     assert row["train/skipped_steps"] == 2 and "train/loss" not in row
 
 
+def test_each_step_draws_numbers_of_its_own():
+    def draw(seed, step):
+        generator = train.seed_step(seed, step)
+        return torch.rand(1).item(), torch.rand(1, generator=generator).item()
+
+    assert draw(1, 1) == draw(1, 1)
+    assert len({draw(*pair) for pair in [(1, 1), (1, 2), (2, 1), (0, 3)]}) == 4
+
+
 def test_warm_up(tiny_run):
     rows = metrics(tiny_run("a", "--warmup_steps=4", "--lr=1e-4"))
     assert [row["train/lr"] for row in rows[1:]] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4])
