@@ -47,7 +47,9 @@ def held_out_questions(config: Config, tokenizer: Any) -> list[Question]:
             "with train.* and test.*, or --eval_interval 0."
         )
     questions = load_questions(name, "test", config.dataset_config)
-    questions, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    questions, dropped = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    if dropped:
+        print(f"{dropped} held-out questions left out: prompt longer than {config.max_prompt_tokens} tokens")
     return questions[: config.eval_questions or None]
 
 

@@ -8,7 +8,8 @@ sequences, C completion tokens. Where this departs from the paper:
   micro-batch is a plain weighted sum, and the gradients of micro-batches add up to that of the full batch;
 - log-ratios are clamped to ±20 before the exponential, so that no input gives an infinity.
 
-On-policy the loss of a step is close to 0 (plus the KL): the advantages of a group add up to 0. Its gradient is not.
+Under the paper's mean and on-policy the loss of a step is close to 0 (plus the KL), since the advantages of a group
+add up to 0. Its gradient is not.
 """
 
 from collections.abc import Callable

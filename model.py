@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from config import Config, located
 from errors import UserError
-from replay_buffer import Experience
+from replay_buffer import Experience, pad_batch
 
 # The largest piece of fp32 logits that is alive at a time, in numbers: 64 MB.
 LOGITS_AT_A_TIME = 2**24
@@ -54,12 +54,15 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
             raise UserError(f"{name} is an encoder-decoder; GRPO here trains causal language models only.")
         # Dropout would make the log-probabilities of sampling and of training differ at random.
         for key, value in vars(architecture).items():
-            if isinstance(value, float) and key.endswith(("dropout", "pdrop")):
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(architecture, key, 0.0)
         dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(located(name), config=architecture, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(loading_failed("model", name, error)) from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     if gradient_checkpointing:
         if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 and later
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -154,10 +157,28 @@ def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
     return bitsandbytes.optim.AdamW8bit(policy.parameters(), **settings)
 
 
-def check_pair(model: nn.Module, tokenizer: Any, name: str) -> None:
-    """Raise UserError if the tokenizer can write tokens that the model has no embedding for."""
+def check_model(model: nn.Module, tokenizer: Any, config: Config) -> None:
+    """Raise UserError for a model that cannot do what the run asks of it, before anything is sampled.
+
+    Tokens without an embedding; fewer positions than prompt and completion may need; and architectures (RWKV, for one)
+    that read padding as text: their log-probabilities would silently be those of another prompt.
+    """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
-            f"The tokenizer of {name} has {len(tokenizer)} tokens but the model only {rows}; they do not match."
+            f"The tokenizer of {config.model} has {len(tokenizer)} tokens, the model only {rows}: no match."
         )
+    positions = vars(model.config).get("max_position_embeddings") or vars(model.config).get("n_positions")
+    if positions and positions < config.max_prompt_tokens + config.max_new_tokens:
+        raise UserError(
+            f"{config.model} reads {positions} tokens at the most; --max_prompt_tokens {config.max_prompt_tokens} and "
+            f"--max_new_tokens {config.max_new_tokens} together must not be more."
+        )
+    short = Experience.of([1, 2, 3], [4, 5], 0.0, 0.0)
+    with torch.no_grad():
+        alone, padded = (
+            sequences_log_probs(model, batch.sequences[:1], batch.attention_mask[:1], 2)[0]
+            for batch in (pad_batch([short]), pad_batch([short, Experience.of([6] * 9, [4, 5], 0.0, 0.0)]))
+        )
+    if (alone - padded).abs().max() > 0.5:
+        raise UserError(f"{config.model} does not leave padding out of its computation; choose an attention model.")

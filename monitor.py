@@ -18,15 +18,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 GLOSSARY = {
-    "train/loss": "The loss. On-policy it is near 0 (plus kl_weight × KL) at every step of a healthy run, because the "
-    "advantages of a group add up to 0: watch the returns, not this.",
+    "train/loss": "The loss. With the paper's mean over sequences and one optimizer step per rollout it is near 0 (plus"
+    " kl_weight × KL) at every step, because the advantages of a group add up to 0: watch the returns, not this.",
     "train/kl_divergence": "How far the policy has moved from the reference, nats per token (k3). Healthy: below "
     "0.1. If it runs away: raise kl_weight or lower lr.",
     "train/grad_norm": "Norm of the gradient before clipping to max_norm. Single spikes are normal, a steady rise not.",
-    "train/ratio_mean": "Mean of new/old probability of the sampled tokens. Healthy: within a few percent of 1.",
+    "train/ratio_mean": "Mean of new/old probability of the trained tokens (without a KL, completions whose "
+    "advantage is 0 are not trained, nor counted in the metrics of train/). Healthy: within a few percent of 1.",
     "train/clipped_share": "Share of tokens whose ratio was clipped and which taught nothing. Healthy: below 0.3; "
     "above that, lower lr or epochs_per_step. Always 0 with one optimizer step per rollout.",
-    "train/entropy": "Mean entropy of the token distribution, nats. A slow fall is learning; a drop to 0 is collapse.",
+    "train/entropy": "Mean entropy of the trained tokens' distributions, nats. A slow fall is learning; a drop to 0 is "
+    "collapse.",
     "train/lr": "The learning rate.",
     "train/skipped_steps": "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0.",
     "rollout/returns": "Mean reward of the sampled completions: the curve that should rise.",
@@ -112,8 +114,9 @@ class Monitor:
     def open(self, run_dir: Path, start_step: int = 0) -> None:
         """Open the run's logs; what a run that is resumed had written after `start_step` is taken back."""
         self.file = run_dir / "metrics.jsonl"
-        keep_until(self.file, start_step)
-        self.writer = SummaryWriter(run_dir, purge_step=start_step + 1 if start_step else None)
+        first = start_step + 1 if start_step else 0  # a run that starts again from nothing evaluates at step 0 again
+        keep_before(self.file, first)
+        self.writer = SummaryWriter(run_dir, purge_step=first)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
         """Add to a metric; its value for the step is sum / count. Tensors stay where they are until `flush`."""
@@ -165,13 +168,13 @@ class Monitor:
         self.writer.close()
 
 
-def keep_until(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that are later than `step`, or were not written to their end."""
+def keep_before(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl from `step` on, and one that was not written to its end."""
     if not file.exists():
         return
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        if not line.endswith("\n") or json.loads(line)["step"] >= step:
             break
         kept.append(line)
     fresh = file.with_suffix(".partial")

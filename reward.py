@@ -8,6 +8,7 @@ Every reward function, built in or yours, has the signature of TRL's for plain-t
 (token ids) and `max_new_tokens`. None means "cannot be scored": that completion takes no part in its group.
 """
 
+import copy
 import importlib.util
 import inspect
 import math
@@ -25,9 +26,17 @@ from errors import UserError, choose
 
 RewardFunction = Callable[..., list[float | None]]
 
-# 72, -72, 1,000, 72.50, .5, 1e3; the comma only where it separates thousands.
-NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?")
-NOISE = str.maketrans({"$": None, "€": None, "£": None, "¥": None, "−": "-"})  # currency signs; the typographic minus
+# 72, -72, - 72, 1,000, 72.50, .5, 1e3; the comma only where it separates thousands.
+NUMBER = re.compile(
+    r"(?:^\s*[-+] |[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+)
+REFERENCE = re.compile(
+    r"[-+]? ?[\d.,]+(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?(?:\.| ?%|(?: [^\W\d]+)*)"
+)  # a number, and perhaps its unit
+NOISE = str.maketrans(
+    {"$": None, "€": None, "£": None, "¥": None, "−": "-", "–": "-", "—": "-"}
+)  # currency; minus signs
+LARGEST_REWARD = torch.finfo(torch.float32).max
 LONGEST_ANSWER = 200  # characters; more than that is an essay
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -57,15 +66,15 @@ def parse_number(text: str) -> Fraction | None:
         return None
     text = text.rpartition("=")[2]
     found = list(NUMBER.finditer(text))
-    values = [Fraction(match.group().replace(",", "")) for match in found]
+    values = [Fraction(match.group().replace(",", "").replace(" ", "").strip()) for match in found]
     if len(values) == 2 and text[found[0].end() : found[1].start()].strip() == "/" and values[1]:
         return values[0] / values[1]
     return values[0] if len(values) == 1 else None
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Whether two answers are the same number; where the reference is no number, the same words."""
-    target = parse_number(reference)
+    """Whether two answers are the same number; where the reference is no plain number (x^2, H2O), the same words."""
+    target = parse_number(reference) if REFERENCE.fullmatch(reference.translate(NOISE).strip()) else None
     if target is None:
         return answer.casefold().split() == reference.casefold().split()
     return parse_number(answer) == target
@@ -81,7 +90,9 @@ def is_correct_flexible(completion: str, reference: str) -> bool:
     """Flexible: the answer tag, or without one the last number anywhere, is the reference."""
     answer = find_answer(completion)
     if answer is None:
-        answer = (NUMBER.findall(completion[-10 * LONGEST_ANSWER :].translate(NOISE)) or [""])[-1]
+        tail = completion[-10 * LONGEST_ANSWER :]
+        tail = tail if tail == completion else tail.partition(" ")[2]  # not from the middle of a number
+        answer = (NUMBER.findall(tail.translate(NOISE)) or [""])[-1]
     return same_answer(answer, reference)
 
 
@@ -180,13 +191,17 @@ def score(
     """
     by_name = {}
     for name, function in rewards.items():
+        # Copies: what a function does to its arguments must not reach the next one, or the tokens that are trained.
+        given = {"prompts": list(prompts), "completions": list(completions), **copy.deepcopy(columns)}
         try:
-            values = function(prompts=prompts, completions=completions, **columns)
+            values = function(**given)
         except Exception as error:  # a user's function may raise anything
             raise UserError(f"The reward {name} failed: {describe(error)}.") from error
         by_name[name] = checked(values, name, completions)
     table = torch.stack([weight * by_name[name] for name, weight in zip(rewards, weights, strict=True)])
     total = torch.where(table.isnan().all(0), torch.nan, table.nansum(0))
+    if total.isinf().any():
+        raise UserError("The weighted sum of the rewards is too large for float32; scale the rewards or their weights.")
     return total, by_name
 
 
@@ -199,9 +214,9 @@ def checked(values: Any, name: str, completions: list[str]) -> Tensor:
     for value, completion in zip(values, completions, strict=True):
         try:
             number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.inf
-        if math.isinf(number) or (math.isnan(number) and value is not None):
+        if abs(number) > LARGEST_REWARD or (math.isnan(number) and value is not None):
             raise UserError(
                 f"The reward {name} returned {value!r} for the completion {completion[:200]!r}; it must return a "
                 "finite number, or None where it cannot score."

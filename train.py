@@ -29,7 +29,7 @@ from data import Question, QuestionStream, load_questions, with_prompts
 from errors import UserError, choose, command
 from evaluate import evaluate, held_out_questions
 from loss import OBJECTIVES, TOKEN_WEIGHTS, GRPOLoss, group_advantages, token_weights
-from model import Policy, build_accelerator, build_optimizer, check_pair, load_model, load_tokenizer
+from model import Policy, build_accelerator, build_optimizer, check_model, load_model, load_tokenizer
 from monitor import Monitor, completion_page, describe_run, progress
 from replay_buffer import Experience, ReplayBuffer, batches, pad_batch
 from rollout import Completion, Sampling, rollout
@@ -111,7 +111,8 @@ def ask(t: Trainer, questions: list[Question]) -> list[list[Completion]]:
 def mark(t: Trainer, questions: list[Question], completions: list[list[Completion]]) -> Tensor:
     """Score every completion: returns, float32 (questions, group_size), NaN where no reward could score."""
     pairs = [(q, c) for q, group in zip(questions, completions, strict=True) for c in group]
-    columns = {name: [q.columns.get(name) for q, _ in pairs] for question in questions for name in question.columns}
+    names = {name for question in questions for name in question.columns} - {"prompts", "completions"}
+    columns = {name: [q.columns.get(name) for q, _ in pairs] for name in sorted(names)}
     columns |= {
         "reference": [q.reference for q, _ in pairs],
         "completion_ids": [c.ids for _, c in pairs],
@@ -193,6 +194,9 @@ def optimizer_step(t: Trainer, mini_batch: list[Experience]) -> None:
     """
     weights = token_weights([e.num_actions for e in mini_batch], t.loss.objective.loss_agg_mode)
     pairs = [(e, w) for e, w in zip(mini_batch, weights, strict=True) if t.reference is not None or e.advantages != 0]
+    t.monitor.add("train/skipped_steps", 0, 1)
+    if not pairs:  # nothing to learn from: no step, not even one of momentum or weight decay
+        return
     pairs.sort(key=lambda pair: len(pair[0].sequences))
     total = torch.zeros((), device=t.accelerator.device)
     for chosen in batches(pairs, t.config.micro_batch_size):
@@ -208,10 +212,13 @@ def optimizer_step(t: Trainer, mini_batch: list[Experience]) -> None:
     finite = bool(torch.isfinite(total) & torch.isfinite(grad_norm))
     if finite:
         t.optimizer.step()
-        t.monitor.add("train/loss", total)
+        t.monitor.add("train/loss", len(mini_batch) * total, len(mini_batch))
         t.monitor.add("train/grad_norm", grad_norm)
+    else:
+        t.monitor.add(
+            "train/skipped_steps", t.config.optimizer_steps, 0
+        )  # the mean over all of them is then the number
     t.optimizer.zero_grad()
-    t.monitor.add("train/skipped_steps", 0 if finite else t.config.optimizer_steps, 1)
 
 
 def evaluation(t: Trainer) -> None:
@@ -295,7 +302,7 @@ def build(config: Config, resume: str | None) -> Trainer:
 
     set_seed(config.seed)
     model = load_model(str(saved or config.model), config.precision, config.gradient_checkpointing)
-    check_pair(model, tokenizer, config.model)
+    check_model(model, tokenizer, config)
     reference = load_model(config.model, config.precision) if config.kl_weight > 0 else None
     policy, optimizer = accelerator.prepare(Policy(model, config.temperature), build_optimizer(model, config))
     if reference is not None:
@@ -303,6 +310,8 @@ def build(config: Config, resume: str | None) -> Trainer:
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     if state:
         optimizer.load_state_dict(state.optimizer)
+        for group in optimizer.param_groups:  # a state brings its own; the knob may have been changed
+            group["weight_decay"] = config.weight_decay
     stream = QuestionStream(questions, config.seed, state.position if state else 0)
     step = state.step if state else 0
     return Trainer(
@@ -321,11 +330,13 @@ def main(argv: list[str]) -> None:
     """Read the command line, build the trainer, open the run folder, train."""
     config, others = parse_config(argv, __doc__)
     print(config.arithmetic)
-    trainer = build(config, others["resume"])
+    resume = others["resume"]
+    held = checkpoint.lock(Path(resume)) if resume else None  # before its newest checkpoint is looked for
+    trainer = build(config, resume)
     if trainer.start_step >= config.steps:
         raise UserError(f"The run is already at step {trainer.start_step} of {config.steps}; raise --steps to go on.")
-    run_dir = Path(config.run_dir) if others["resume"] else checkpoint.new_run_dir(config)
-    held = checkpoint.lock(run_dir)
+    run_dir = Path(resume) if resume else checkpoint.new_run_dir(config)
+    held = held or checkpoint.lock(run_dir)
     config.save(run_dir / "config.yaml")
     place = f"from step {trainer.start_step} " if trainer.start_step else ""
     print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
 import model as model_module
 from config import Config
 from errors import UserError
-from model import Policy, build_accelerator, check_pair, load_model, load_tokenizer, sequences_log_probs
+from model import Policy, build_accelerator, check_model, load_model, load_tokenizer, sequences_log_probs
 from replay_buffer import Experience, pad_batch
 
 # 2 is the end token, 0 is what pad_batch pads with: both are real tokens too.
@@ -80,11 +80,18 @@ def test_a_head_without_logits_to_keep_gives_the_same(model):
     torch.testing.assert_close(sequences_log_probs(Old(), *arguments)[0], expected)
 
 
-def test_dropout_is_off_in_training(tmp_path, tokenizer):
-    """Fault 16: with dropout the ratio is noise before any update. GPT-2's default is 0.1, in three places."""
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    network = load_model(str(tmp_path / "gpt2"), "fp32")
+@pytest.mark.parametrize(
+    "network",
+    [
+        GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)),
+        BioGptForCausalLM(BioGptConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)),
+    ],
+    ids=["gpt2", "biogpt"],
+)
+def test_dropout_is_off_in_training(tmp_path, network):
+    """Fault 16: with dropout the ratio is noise before any update. Both defaults are 0.1, under different names."""
+    network.save_pretrained(tmp_path / "model")
+    network = load_model(str(tmp_path / "model"), "fp32")
     e = batch()
     quiet, _ = Policy(network, 1.0)(e)
     network.train()
@@ -114,8 +121,22 @@ def test_bad_models_are_one_sentence(tmp_path, model):
     with pytest.raises(UserError, match="Cannot load the tokenizer"):
         load_tokenizer(str(tmp_path / "nowhere"))
     model.resize_token_embeddings(10)
-    with pytest.raises(UserError, match="do not match"):
-        check_pair(model, load_tokenizer("tiny/model"), "tiny/model")
+    small = Config(max_prompt_tokens=8, max_new_tokens=8)
+    with pytest.raises(UserError, match="no match"):
+        check_model(model, load_tokenizer("tiny/model"), small)
+
+
+def test_models_that_cannot_do_the_job_are_refused(model, tokenizer):
+    small = Config(max_prompt_tokens=128, max_new_tokens=128)
+    check_model(model, tokenizer, small)
+    with pytest.raises(UserError, match="reads 256 tokens at the most"):
+        check_model(model, tokenizer, Config(max_prompt_tokens=128, max_new_tokens=129))
+    network = RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.5 * torch.randn_like(p)
+    with pytest.raises(UserError, match="does not leave padding out"):
+        check_model(network, tokenizer, small)
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ RIGHT = [
     ("72.", "72"), ("72.50", "72.5"), ("$1,234.50", "1234.5"), ("-3", "-3"), ("−3", "-3"), ("+3", "3"), ("48 + 24 = 72", "72"),
     ("x = 72", "72"), ("72%", "72"), ("$ 72", "72"), ("72 dollars.", "72"), ("0.5", ".5"), ("3/4", "0.75"), ("1/3", "1/3"),
     ("1e3", "1000"), ("**72**", "72"), (r"\boxed{72}", "72"), ("72\n", "72"), ("７２", "72"), ("€5", "5"), ("1,000,000", "1000000"),
-    ("-$5", "-5"), ("blue", "Blue"), ("007", "7"), ("the answer is 72", "72"), ("72km", "72"), ("=72", "72"),
+    ("-$5", "-5"), ("blue", "Blue"), ("007", "7"), ("–5", "-5"), ("- 5", "-5"), ("1,000,", "1000"), ("1,000, that is all", "1000"), ("5 apples", "5 apples"), ("10", "10 %"), ("h2o", "H2O"), ("the answer is 72", "72"), ("72km", "72"), ("=72", "72"),
 ]  # fmt: skip
 WRONG = [
     ("21", "1"), ("1", "21"), ("172", "72"), ("72.1", "72"), ("71 or 72", "72"), ("1 2 3 72", "72"), ("", "72"), ("apples", "72"),
     ("-72", "72"), ("1,00", "100"), ("1e999", "72"), ("9**9**9", "9"), ("nan", "72"), ("72/0", "72"), ("=", "72"), ("7 2", "72"),
-    ("1,0,0,0", "1000"), ("72" * 200, "72"), ("72 = 71", "72"), ("inf", "72"), ("red", "blue"), ("1e5", "15"),
+    ("1,0,0,0", "1000"), ("72" * 200, "72"), ("72 = 71", "72"), ("inf", "72"), ("red", "blue"), ("1e5", "15"), ("–5", "5"), ("- 5", "5"), ("2", r"\sqrt{2}"), ("3", "x^3"), ("2", "H2O"), ("5", r"x \le 5"), ("48 - 24", "24"),
 ]  # fmt: skip
 
 
@@ -56,6 +56,8 @@ def test_find_answer():
 def test_strict_and_flexible():
     assert not is_correct("The answer is 72.", "72") and is_correct_flexible("48+24 makes 72.", "72")
     assert not is_correct_flexible("72 and then 71", "72")
+    assert is_correct_flexible("the total is 1,000, all told", "1000") and is_correct_flexible("from 48 - 24", "24")
+    assert not is_correct_flexible("172 " + "x" * 1998, "72") and not is_correct_flexible("172" + "x " * 999, "72")
     assert not is_correct_flexible("72 <answer>71</answer>", "72"), "where there is a tag it counts"
     assert is_correct_flexible("<answer>72</answer> 5", "72") and not is_correct_flexible("no number", "72")
 
@@ -116,6 +118,9 @@ def test_your_own_reward(tmp_path):
         ("return 3", "returned int"),
         ("return [float('nan'), 1]", "returned nan for the completion 'first'"),
         ("return [1, float('inf')]", "returned inf for the completion 'second'"),
+        ("return [1e39, 1]", "returned 1e\\+39 for the completion 'first'"),
+        ("return [10**400, 1]", "returned 1000"),
+        ("completions.clear(); return []", "returned 0 values; it must return a list of 2"),
         ("return ['x', 1]", "returned 'x' for the completion 'first'"),
     ],
 )
@@ -123,6 +128,20 @@ def test_a_broken_reward_is_named(tmp_path, body, message):
     (tmp_path / "mine.py").write_text(f"def broken(prompts, completions, **columns):\n    {body}\n")
     with pytest.raises(UserError, match=message):
         score(load_rewards([f"{tmp_path}/mine.py:broken"]), [1.0], ["", ""], ["first", "second"], {})
+
+
+def test_a_reward_cannot_change_what_is_trained(tmp_path):
+    """Sorting or clearing its arguments would otherwise reach the next function, and the tokens of the update."""
+    (tmp_path / "mine.py").write_text(
+        "def rough(prompts, completions, completion_ids, **columns):\n"
+        "    [ids.clear() for ids in completion_ids]\n    prompts.clear()\n    return [0.0 for _ in completions]\n"
+    )
+    columns = {"completion_ids": [[3, 1]], "reference": ["1"], "max_new_tokens": 4}
+    rewards = load_rewards([f"{tmp_path}/mine.py:rough", "length_penalty"])
+    total, _ = score(rewards, [1.0, 1.0], ["p"], ["<answer>1</answer>"], columns)
+    assert columns["completion_ids"] == [[3, 1]] and total.tolist() == [-0.5]
+    with pytest.raises(UserError, match="too large for float32"):
+        score(load_rewards(["accuracy"]), [1e39], ["p"], ["<answer>1</answer>"], columns)
 
 
 def test_reward_names(tmp_path):

@@ -151,6 +151,49 @@ def test_resume_takes_back_what_came_after_the_checkpoint(tiny_run):
     assert rows == metrics(whole)
 
 
+def test_killed_before_the_first_checkpoint(tiny_run):
+    """Nothing to resume from but the folder: the run begins again, and step 0 is in the log once."""
+    whole = tiny_run("whole")
+    killed = tiny_run("killed", "--steps=1", "--checkpoint_interval=0")
+    tiny_run("killed", f"--resume={killed}", "--steps=4", "--checkpoint_interval=2")
+    assert metrics(killed) == metrics(whole)
+
+
+def test_resume_holds_the_folder_before_it_looks_for_the_checkpoint(tiny_run, monkeypatch):
+    folder = tiny_run("a")
+    seen = []
+    monkeypatch.setattr(checkpoint, "lock", lambda *args: seen.append("lock"))
+    monkeypatch.setattr(train, "build", lambda *args: seen.append("build") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny_run("a", f"--resume={folder}", "--steps=6")
+    assert seen == ["lock", "build"]
+
+
+def test_a_changed_weight_decay_is_used_after_resume(tiny_run):
+    folder = tiny_run("a", "--steps=2")
+    t = train.build(parse_config([f"--resume={folder}", "--weight_decay=0.5"])[0], str(folder))
+    assert [g["weight_decay"] for g in t.optimizer.param_groups] == [0.5] and t.start_step == 2
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-final").mkdir()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+
+
+def test_a_step_with_nothing_to_learn_moves_nothing(tmp_path):
+    """All rewards equal and no KL: no momentum, no weight decay either, and no loss is claimed."""
+    t = build(tmp_path, "--weight_decay=0.1", "--lr=1e-2")
+    buffer, before = train.ReplayBuffer(), [p.clone() for p in t.model.parameters()]
+    one_rollout(t, buffer)
+    buffer.items = [train.replace(e, advantages=torch.tensor(0.0)) for e in buffer.items]
+    train.learn(t, buffer, 1, torch.Generator().manual_seed(0))
+    assert all(torch.equal(p, q) for p, q in zip(before, t.model.parameters(), strict=True))
+    row = t.monitor.flush(1, 1)
+    assert "train/loss" not in row and row["train/skipped_steps"] == 0
+
+
 def test_checkpoints_are_hugging_face_folders(tiny_run):
     """Fault 17: the tokenizer was not saved, and nothing could be resumed."""
     folder = tiny_run("a", "--keep_checkpoints=1", "--checkpoint_interval=1")

@@ -65,7 +65,7 @@ def plain_update(model, reference, prompts, completions, returns, batches, step,
         loss = torch.cat(terms).mean() if token_mean else torch.stack([x.mean() for x in terms]).mean()
         optimizer.zero_grad()
         loss.backward()
-        losses.append(loss.item())
+        losses += [loss.item()] * len(batch)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)))
         optimizer.step()
     return sum(losses) / len(losses), sum(norms) / len(norms), float(torch.cat(kls).mean())
