@@ -34,6 +34,8 @@ def new_run_dir(config: Config) -> Path:
             )
         config.save(folder / "config.yaml")
     except OSError as error:
+        if folder.is_dir():  # half a config.yaml would pass for a run
+            (folder / "config.yaml").unlink(missing_ok=True)
         raise UserError(
             f"Cannot write to the run folder {folder}: {error.strerror}; choose another --run_dir."
         ) from error
@@ -47,6 +49,8 @@ def lock(run_dir: Path) -> FileLock:
         held.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{run_dir} is in use by another process; wait for it, or choose another --run_dir.") from error
+    except OSError as error:
+        raise UserError(f"Cannot write to {run_dir}: {error.strerror}; make it writable first.") from error
     return held
 
 
@@ -57,8 +61,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_model(folder: str) -> str:
-    """`folder`, or its newest checkpoint if it is a run folder."""
+    """`folder`, or its newest checkpoint if it is a run folder; UserError if that has none yet."""
     found = checkpoints(Path(folder))
+    if not found and Path(folder, "config.yaml").is_file() and not Path(folder, "config.json").is_file():
+        raise UserError(f"The run {folder} has no checkpoint yet; a model is in checkpoint-STEP, or (sft.py) in model.")
     return str(found[-1]) if found else folder
 
 

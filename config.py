@@ -122,7 +122,7 @@ class Config:
             raise UserError(f"--clip_eps is {self.clip_eps}; the ratio is clipped to 1 ± clip_eps, so keep it below 1.")
         if len(self.reward) != len(self.reward_weights):
             raise UserError(
-                f"There are {len(self.reward)} rewards but {len(self.reward_weights)} weights; "
+                f"--reward has {len(self.reward)} names and --reward_weights {len(self.reward_weights)} numbers; "
                 "give --reward_weights one number for each of --reward."
             )
         if not all(map(math.isfinite, self.reward_weights)):
@@ -214,11 +214,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written, and each default."""
+
+
 class Parser(HfArgumentParser):
     """argparse, with its errors as one sentence instead of a page of usage."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message[0].upper() + message[1:] + ".")
+        raise UserError(message[0].upper() + message[1:].rstrip(".") + ".")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -266,7 +270,7 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
     Raises:
         UserError: for unknown names, impossible values and contradictions.
     """
-    parser = Parser(Config, description=description, allow_abbrev=False)
+    parser = Parser(Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
     about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)
@@ -285,6 +289,8 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
             raise UserError("Say which run to continue: --resume runs/NAME.")
         if given.get("config"):
             raise UserError("--resume takes the config of the run that it continues; leave out --config.")
+        if Path(resume, "trainer_state.pt").is_file():
+            raise UserError(f"{resume} is a checkpoint; --resume takes the folder of its run: {Path(resume).parent}.")
         if not Path(resume, "config.yaml").is_file():
             raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
         given["run_dir"] = resume
@@ -300,6 +306,9 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
     names = {f.name for f in dataclasses.fields(Config)}
     flags = {name: value for name, value in given.items() if name in names}
     config = Config(**{**settings, "preset": preset, **flags})
+    for name, value in flags.items():
+        if resume and name != "run_dir" and settings.get(name, value) != value:
+            print(f"changed on resume: {name} from {settings[name]} to {value}")
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
 
 

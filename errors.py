@@ -21,7 +21,7 @@ def choose(name: str, options: Iterable[str], what: str) -> str:
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command's `main`: a UserError becomes its sentence on stderr and exit code 2."""
+    """Decorate a command's `main`: a UserError becomes its sentence and exit code 2, Ctrl-C a word and 130."""
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
@@ -30,5 +30,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
 
     return wrapper

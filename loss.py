@@ -63,11 +63,6 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, eps_low: float, eps_hig
     return -torch.min(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is true; 0 where it is true nowhere."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
 # Each mean as the weight of one token of a sequence, given the lengths (N,) of all N completions of the optimizer step.
 TOKEN_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "seq-mean-token-mean": lambda lengths: 1 / (len(lengths) * lengths.clamp(min=1)),  # the paper's

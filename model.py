@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +59,7 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
                 setattr(architecture, key, 0.0)
         dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(located(name), config=architecture, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(loading_failed("model", name, error)) from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):

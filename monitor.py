@@ -8,7 +8,7 @@ import json
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,9 @@ class Monitor:
         return row
 
     def close(self) -> None:
-        """Close the logs."""
-        self.writer.close()
+        """Close the logs; if the disk is full, that has been said already."""
+        with suppress(OSError):
+            self.writer.close()
 
 
 def keep_before(file: Path, step: int) -> None:

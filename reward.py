@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from fractions import Fraction
@@ -146,10 +147,12 @@ def load_rewards(names: list[str]) -> dict[str, RewardFunction]:
         if colon:
             rewards[function] = load_function(Path(file).expanduser(), function)
         else:
+            if given.endswith(".py"):
+                raise UserError(f"--reward {given} names a file but no function; write {given}:FUNCTION.")
             name = choose(given, REWARDS, "reward")
             rewards[name] = REWARDS[name]
     if len(rewards) != len(names):
-        raise UserError(f"--reward names the same function twice: {' '.join(names)}.")
+        raise UserError(f"Two of --reward {' '.join(names)} have the same name; each must have its own.")
     return rewards
 
 
@@ -157,10 +160,11 @@ def load_function(path: Path, name: str) -> RewardFunction:
     """One function of a user's Python file."""
     if not path.is_file():
         raise UserError(f"There is no file {path} to take the reward {name} from; write --reward FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None:
         raise UserError(f"{path} is not a Python file; write --reward FILE.py:FUNCTION.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything

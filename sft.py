@@ -6,21 +6,24 @@
 Each example is a question's prompt and the completion that the dataset's own solution makes:
 `<think>` the solution `</think> <answer>` the final answer `</answer>`. A column `completion` in the dataset is used
 as it stands instead. The loss is the mean negative log-likelihood of all completion tokens of an optimizer step; the
-learning rate rises over warmup_steps and falls linearly to 0. The knobs are those of train.py.
+learning rate rises over warmup_steps and falls linearly to 0. The knobs are those of train.py; those
+of rollout, reward, objective and evaluation have nothing to do here.
 """
 
 import re
+import shutil
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import nn
 
 from checkpoint import new_run_dir
 from config import Config, located, parse_config
 from data import Question, QuestionStream, load_questions, with_prompts
-from errors import command
+from errors import UserError, command
 from loss import token_weights
 from model import Policy, build_accelerator, build_optimizer, load_model, load_tokenizer
 from monitor import progress
@@ -70,14 +73,17 @@ def fit(
         accelerator.clip_grad_norm_(policy.parameters(), config.max_norm)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{total:.3f}")
+        if step % max(1, config.steps // 10) == 0 or step == config.steps - 1:
+            bar.write(f"step {step + 1}/{config.steps} | loss {total:.3f}")
     policy.eval()
 
 
 @command
 def main(argv: list[str]) -> None:
     """Train on the solutions of `config.dataset`, then write <run_dir>/model."""
-    config, _ = parse_config(argv, __doc__)
+    config, others = parse_config(argv, __doc__)
+    if others["resume"]:
+        raise UserError("sft.py cannot resume, it is short: start again, in another --run_dir.")
     accelerator = build_accelerator(config)
     questions = load_questions(located(config.dataset), "train", config.dataset_config)
     tokenizer = load_tokenizer(config.model)
@@ -88,8 +94,13 @@ def main(argv: list[str]) -> None:
     folder = new_run_dir(config)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(policy, config))
     fit(policy, optimizer, accelerator, tokenizer, QuestionStream(questions, config.seed), config)
-    accelerator.unwrap_model(policy).model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    try:
+        accelerator.unwrap_model(policy).model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        config.save(folder / "model" / "config.yaml")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"Cannot write {folder / 'model'}: {error}.") from error
     print(f"written: {folder / 'model'}")
 
 

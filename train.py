@@ -86,6 +86,7 @@ def train(t: Trainer, run_dir: Path) -> None:
                 save(t, run_dir, step)
             if interrupted():
                 break
+    say_goodbye(run_dir, step)
 
 
 def due(interval: int, step: int, last: bool) -> bool:
@@ -161,14 +162,17 @@ def remember(
         for question, group, group_r, group_a in zip(questions, completions, returns, advantages, strict=True)
         for completion, r, a in zip(group, group_r, group_a, strict=True)
     ]
-    sources = {"action_log_probs": t.policy if t.config.optimizer_steps > 1 else None, "log_probs_ref": t.reference}
     with t.monitor.time("time/log_probs"), torch.no_grad():
         for items in batches(fresh, t.config.micro_batch_size):
             batch = pad_batch(items).to(t.accelerator.device)
-            found = {name: source(batch)[0].cpu() for name, source in sources.items() if source is not None}
+            old = t.policy(batch)[0].cpu() if t.config.optimizer_steps > 1 else None
+            ref = t.reference(batch)[0].cpu() if t.reference is not None else None
             for i, item in enumerate(items):
-                rows = {name: values[i, : item.num_actions] for name, values in found.items()}
-                replay_buffer.append(replace(item, **rows))
+                if old is not None:
+                    item = replace(item, action_log_probs=old[i, : item.num_actions])
+                if ref is not None:
+                    item = replace(item, log_probs_ref=ref[i, : item.num_actions])
+                replay_buffer.append(item)
 
 
 def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.Generator) -> None:
@@ -248,6 +252,13 @@ def show_samples(
         t.monitor.text(f"samples/completion_{i + 1}", page, step)
 
 
+def say_goodbye(run_dir: Path, step: int) -> None:
+    """What there is to look at, and how to go on."""
+    saved = ", ".join(p.name for p in checkpoint.checkpoints(run_dir)) or "no checkpoint"
+    print(f"done with step {step}; saved: {saved}")
+    print(f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} --steps MORE")
+
+
 def quiet_progress(what: str) -> Callable:
     """A progress bar that disappears when it is done."""
     return lambda items: progress(items, what, leave=False)
@@ -275,7 +286,7 @@ class Interruption:
         if self.came:
             raise KeyboardInterrupt
         self.came = True
-        print("\nstopping: this step is finished and saved first; once more stops at once", flush=True)
+        print("\nstopping: this step is finished first; once more stops at once", flush=True)
 
     def __exit__(self, *details: Any) -> None:
         for number, handler in self.before.items():
@@ -291,7 +302,8 @@ def build(config: Config, resume: str | None) -> Trainer:
     loss = GRPOLoss(row, config.clip_eps, config.clip_eps_high, config.kl_weight)
     rewards = reward.load_rewards(config.reward)
     accelerator = build_accelerator(config)
-    saved = newest_checkpoint(resume) if resume else None
+    found = checkpoint.checkpoints(Path(resume)) if resume else []
+    saved = found[-1] if found else None
     state = checkpoint.load_state(saved) if saved else None
 
     questions = load_questions(located(config.dataset), "train", config.dataset_config)
@@ -319,12 +331,6 @@ def build(config: Config, resume: str | None) -> Trainer:
     )
 
 
-def newest_checkpoint(run_dir: str) -> Path | None:
-    """The checkpoint to resume from; None if the run was stopped before its first one."""
-    found = checkpoint.checkpoints(Path(run_dir))
-    return found[-1] if found else None
-
-
 @command
 def main(argv: list[str]) -> None:
     """Read the command line, build the trainer, open the run folder, train."""
@@ -337,13 +343,17 @@ def main(argv: list[str]) -> None:
         raise UserError(f"The run is already at step {trainer.start_step} of {config.steps}; raise --steps to go on.")
     run_dir = Path(resume) if resume else checkpoint.new_run_dir(config)
     held = held or checkpoint.lock(run_dir)
-    config.save(run_dir / "config.yaml")
-    place = f"from step {trainer.start_step} " if trainer.start_step else ""
+    place = f"from step {trainer.start_step} " if trainer.start_step else "from the start " if resume else ""
     print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")
-    trainer.monitor.open(run_dir, trainer.start_step)
-    describe_run(trainer.monitor, (run_dir / "config.yaml").read_text(encoding="utf-8"), config.arithmetic)
     try:
+        config.save(run_dir / "config.yaml")
+        trainer.monitor.open(run_dir, trainer.start_step)
+        describe_run(trainer.monitor, (run_dir / "config.yaml").read_text(encoding="utf-8"), config.arithmetic)
         train(trainer, run_dir)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {run_dir}: {error.strerror}. Put that right, then go on with --resume {run_dir}."
+        ) from error
     finally:
         trainer.monitor.close()
         held.release()

@@ -70,7 +70,8 @@ BAD = [
     (["--objective", "gpro"], "There is no objective 'gpro'; did you mean grpo?"),
     (["--loss_agg_mode", "mean"], "There is no loss_agg_mode 'mean'"),
     (["--reward", "acuracy"], "There is no reward 'acuracy'; did you mean accuracy?"),
-    (["--reward", "accuracy", "format"], "2 rewards but 1 weights"),
+    (["--reward", "accuracy", "format"], "--reward has 2 names and --reward_weights 1 numbers"),
+    (["--reward", "mine.py"], "names a file but no function; write mine.py:FUNCTION"),
     (["--reward", "mine.py:f"], "There is no file mine.py"),
     (["--precision", "fp16"], "There is no precision 'fp16'"),
     (["--device", "gpu"], "There is no device 'gpu'"),
@@ -144,6 +145,9 @@ def test_contradictions(tmp_path):
         parse_config(["--config", str(tmp_path / "config.yaml"), "--preset", "gsm8k"])
     with pytest.raises(UserError, match="leave out --config"):
         parse_config(["--config", str(tmp_path / "config.yaml"), "--resume", str(tmp_path)])
+    (tmp_path / "trainer_state.pt").write_text("")
+    with pytest.raises(UserError, match="is a checkpoint; --resume takes the folder of its run"):
+        parse_config(["--resume", str(tmp_path)])
     with pytest.raises(UserError, match="Say which run to continue"):
         parse_config(["--resume"])
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["preset"] == "tiny"

@@ -151,7 +151,7 @@ def test_reward_names(tmp_path):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message):
             load_rewards([name])
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match="have the same name"):
         load_rewards(["accuracy", "accuracy"])
 
 
