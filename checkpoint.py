@@ -34,8 +34,6 @@ def new_run_dir(config: Config) -> Path:
             )
         config.save(folder / "config.yaml")
     except OSError as error:
-        if folder.is_dir():  # half a config.yaml would pass for a run
-            (folder / "config.yaml").unlink(missing_ok=True)
         raise UserError(
             f"Cannot write to the run folder {folder}: {error.strerror}; choose another --run_dir."
         ) from error

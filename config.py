@@ -161,8 +161,15 @@ class Config:
         )
 
     def save(self, path: Path) -> None:
-        """Write the config as YAML."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Write the config as YAML; a file that is there stays whole if the disk is full."""
+        fresh = path.with_suffix(".partial")
+        try:
+            text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 def plural(count: int, one: str, many: str = "") -> str:

@@ -254,9 +254,10 @@ def show_samples(
 
 def say_goodbye(run_dir: Path, step: int) -> None:
     """What there is to look at, and how to go on."""
-    saved = ", ".join(p.name for p in checkpoint.checkpoints(run_dir)) or "no checkpoint"
-    print(f"done with step {step}; saved: {saved}")
-    print(f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} --steps MORE")
+    saved = [p.name for p in checkpoint.checkpoints(run_dir)]
+    print(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
+    if saved:
+        print(f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} --steps MORE")
 
 
 def quiet_progress(what: str) -> Callable:

@@ -151,3 +151,18 @@ def test_contradictions(tmp_path):
     with pytest.raises(UserError, match="Say which run to continue"):
         parse_config(["--resume"])
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["preset"] == "tiny"
+
+
+def test_a_full_disk_leaves_the_saved_config_whole(tmp_path, monkeypatch):
+    Config(preset="tiny").save(tmp_path / "config.yaml")
+    before = (tmp_path / "config.yaml").read_text()
+
+    def full(self, text, encoding):
+        self.open("w").write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        Config(preset="tiny", seed=7).save(tmp_path / "config.yaml")
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
