@@ -18,10 +18,11 @@ from transformers import HfArgumentParser
 
 from errors import UserError, choose
 
-# The tutorial's prompt, in our words: what the rewards look for is what the model is asked for.
+# The tutorial's prompt, in our words: what the rewards look for is what the model is asked for. No number in it, since
+# a model that has not learned yet will copy its example, and a copied 42 would now and then be right.
 SYSTEM_PROMPT = (
     "You solve math problems. First reason step by step inside <think> and </think>, then give the final number "
-    "alone inside <answer> and </answer>, like this: <think> reasoning </think> <answer> 42 </answer>"
+    "alone inside <answer> and </answer>, like this: <think> reasoning </think> <answer> number </answer>"
 )
 
 
