@@ -110,6 +110,7 @@ class Monitor:
 
     def __init__(self) -> None:
         self.sums: dict[str, list] = {}
+        self.writer: SummaryWriter | None = None
 
     def open(self, run_dir: Path, start_step: int = 0) -> None:
         """Open the run's logs; what a run that is resumed had written after `start_step` is taken back."""
@@ -166,7 +167,8 @@ class Monitor:
     def close(self) -> None:
         """Close the logs; if the disk is full, that has been said already."""
         with suppress(OSError):
-            self.writer.close()
+            if self.writer is not None:
+                self.writer.close()
 
 
 def keep_before(file: Path, step: int) -> None:

@@ -90,9 +90,6 @@ class ReplayBuffer:
     def __init__(self) -> None:
         self.items: list[Experience] = []
 
-    def __len__(self) -> int:
-        return len(self.items)
-
     def append(self, experience: Experience) -> None:
         """Add one completion."""
         assert experience.sequences.dim() == 1, "the buffer keeps single completions; pad_batch makes the batches"

@@ -347,7 +347,8 @@ def main(argv: list[str]) -> None:
     place = f"from step {trainer.start_step} " if trainer.start_step else "from the start " if resume else ""
     print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")
     try:
-        config.save(run_dir / "config.yaml")
+        if resume:  # new_run_dir has written that of a new run
+            config.save(run_dir / "config.yaml")
         trainer.monitor.open(run_dir, trainer.start_step)
         describe_run(trainer.monitor, (run_dir / "config.yaml").read_text(encoding="utf-8"), config.arithmetic)
         train(trainer, run_dir)

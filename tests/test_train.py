@@ -339,3 +339,18 @@ def test_demo_learns(tiny_run):
     assert first["eval/accuracy"] <= 0.45
     assert last["eval/accuracy"] >= 0.70
     assert last["eval/completion_tokens"] >= 1.5 * first["eval/completion_tokens"]
+
+
+def test_a_disk_that_is_full_before_the_logs_are_open_is_one_sentence(tiny_run, monkeypatch, capsys):
+    folder = tiny_run("a")
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.Config, "save", full)
+    with pytest.raises(SystemExit) as caught:
+        tiny_run("a", f"--resume={folder}", "--steps=6")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "No space left on device. Put that right" in error
+    assert (folder / "metrics.jsonl").read_bytes() == before
