@@ -73,6 +73,7 @@ class TrainerState:
     step: int  # steps finished
     position: int  # questions taken
     optimizer: dict[str, Any]
+    loss: dict[str, Any]  # the adaptive entropy bonus
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, model: nn.Module, tokenizer: Any, config: Config) -> Path:

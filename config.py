@@ -74,15 +74,54 @@ class Config:
     reward: list[str] = knob(["accuracy", "format"], "names from reward.py, or my_file.py:my_function, summed")
     reward_weights: list[float] = knob([1.0, 0.2], "one weight for each reward")
 
-    # Objective
-    objective: str = knob("grpo", "a row of OBJECTIVES in loss.py")
-    clip_eps: float = knob(0.2, "the ratio is clipped to 1 ± clip_eps (tutorial; epsilon of the paper)")
-    clip_eps_high: float | None = knob(None, "upper side of the clip, if it differs (DAPO, arXiv 2503.14476: 0.28)")
-    kl_weight: float = knob(0.01, "weight of the KL to the frozen reference; 0: no reference (tutorial; beta)")
-    loss_agg_mode: str | None = knob(None, "mean over tokens, instead of the objective's own: a row of TOKEN_WEIGHTS")
-    normalize_std: bool | None = knob(
-        None, "divide advantages by the group's std, instead of the objective's own choice"
+    # Objective: the row, and, where it is not to be the row's own choice, each of its columns
+    objective: str = knob(
+        "grpo", "a row of OBJECTIVES in loss.py: grpo, dr_grpo, dapo, gspo, cispo, ... (docs/objectives.md)"
     )
+    advantage: str | None = knob(None, "what a reward is compared with: group, leave-one-out (RLOO), pass-at-k or raw")
+    advantage_std: str | None = knob(None, "divide advantages by the std of the rewards of the: group, batch, or none")
+    multi_objective_aggregation: str | None = knob(
+        None, "several rewards: sum_then_normalize or normalize_then_sum (GDPO)"
+    )
+    relative_reward_weight: float | None = knob(None, "weight of the advantage ...")
+    baseline_reward_weight: float | None = knob(None, "... and of the reward as it is, which is added to it")
+    whiten_advantages: bool | None = knob(None, "then mean 0 and std 1 over the whole batch (REINFORCE++)")
+    ratio_level: str | None = knob(
+        None, "ratio of each token, or of the sequence (GSPO): token, sequence, sequence-token"
+    )
+    surrogate: str | None = knob(None, "policy term: clip, cispo, sapo, gmpo, dppo or reinforce")
+    clip_eps: float | None = knob(
+        None, "the ratio is clipped to 1 ± clip_eps (grpo: 0.2, tutorial; epsilon of the paper)"
+    )
+    clip_eps_high: float | None = knob(None, "upper side of the clip, if it differs (dapo: 0.28)")
+    clip_ratio_c: float | None = knob(
+        None, "dual clip: the ratio of a bad completion counts up to this (verl: 3; TRL's delta)"
+    )
+    loss_agg_mode: str | None = knob(
+        None,
+        "mean over tokens: seq-mean-token-mean (grpo), token-mean (dapo), seq-mean-token-sum, seq-mean-token-sum-norm",
+    )
+    loss_scale_factor: float | None = knob(None, "the constant of seq-mean-token-sum-norm (dr_grpo: max_new_tokens)")
+    kl_weight: float | None = knob(
+        None, "weight of the KL to the frozen reference; 0: no reference (grpo: 0.01, tutorial; beta)"
+    )
+    kl_estimator: str | None = knob(
+        None, "k1, abs, k2, k3 (grpo), each with + for k2's gradient; k3-ratio; full (exact)"
+    )
+    kl_in_reward: bool | None = knob(None, "subtract the KL from the reward, instead of adding it to the loss")
+    entropy_weight: float | None = knob(None, "bonus for entropy, per nat")
+    entropy_target: float | None = knob(None, "adaptive bonus: grows while the entropy is below this many nats")
+    top_entropy: float | None = knob(
+        None, "share of the tokens, those of highest entropy, that are trained (2506.01939: 0.2)"
+    )
+    dynamic_sampling: int | None = knob(
+        None, "rollouts a step may make to replace groups whose rewards are all equal; 1: none (dapo: 10)"
+    )
+    mask_truncated: bool | None = knob(None, "do not train on completions cut off by max_new_tokens (dapo)")
+    sampler_correction: str | None = knob(
+        None, "importance weights for a sampler that differs: none, token_truncate, token_mask, sequence_truncate, ..."
+    )
+    sampler_cap: float | None = knob(None, "the largest such weight (TRL: 3)")
 
     # Optimization
     train_batch_size: int = knob(16, "sequences per optimizer step (tutorial)")
@@ -113,16 +152,15 @@ class Config:
         choose(self.optimizer, ("adamw", "adamw_8bit"), "optimizer")
         for name in AT_LEAST:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= AT_LEAST[name]):
+            if value is not None and not (math.isfinite(value) and value >= AT_LEAST[name]):
                 raise UserError(f"--{name} is {value}; it must be {AT_LEAST[name]} or more.")
         for name in ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"--{name} is {value}; it must be more than 0.")
-        if self.top_p > 1:
-            raise UserError(f"--top_p is {self.top_p}; it is a probability, so choose a number in (0, 1].")
-        if self.clip_eps >= 1:
-            raise UserError(f"--clip_eps is {self.clip_eps}; the ratio is clipped to 1 ± clip_eps, so keep it below 1.")
+        for name in ("top_p", "top_entropy"):
+            if (getattr(self, name) or 0) > 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it is a share, so choose a number in (0, 1].")
         if len(self.reward) != len(self.reward_weights):
             raise UserError(
                 f"--reward has {len(self.reward)} names and --reward_weights {len(self.reward_weights)} numbers; "
@@ -184,9 +222,13 @@ AT_LEAST = {
     "seed": 0, "steps": 1, "max_prompt_tokens": 1, "rollouts_per_step": 1, "group_size": 2, "max_new_tokens": 1,
     "rollout_batch_size": 1, "kl_weight": 0, "train_batch_size": 1, "micro_batch_size": 1, "epochs_per_step": 1,
     "warmup_steps": 0, "weight_decay": 0, "eval_interval": 0, "eval_questions": 0, "eval_samples": 0,
-    "checkpoint_interval": 0, "keep_checkpoints": 1, "log_completions": 0,
+    "checkpoint_interval": 0, "keep_checkpoints": 1, "log_completions": 0, "relative_reward_weight": 0,
+    "baseline_reward_weight": 0, "entropy_weight": 0, "entropy_target": 0, "dynamic_sampling": 1, "sampler_cap": 1,
 }  # fmt: skip
-ABOVE_ZERO = ("temperature", "top_p", "clip_eps", "clip_eps_high", "lr", "max_norm")
+ABOVE_ZERO = (
+    "temperature", "top_p", "clip_eps", "clip_eps_high", "clip_ratio_c", "loss_scale_factor", "top_entropy", "lr",
+    "max_norm",
+)  # fmt: skip
 
 
 def located(name: str) -> str:

@@ -90,28 +90,44 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
 
-    def forward(self, experience: Experience) -> tuple[Tensor, Tensor]:
-        """Log-probability of each completion token, and the entropy of its distribution, both float32 (B, C)."""
+    def forward(self, experience: Experience, reference: "Policy | None" = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `sequences_log_probs` says of each completion token; with `reference`, its exact KL too."""
         return sequences_log_probs(
-            self.model, experience.sequences, experience.attention_mask, experience.num_actions, self.temperature
-        )
+            self.model, experience.sequences, experience.attention_mask, experience.num_actions, self.temperature,
+            None if reference is None else reference.model,
+        )  # fmt: skip
 
 
 def sequences_log_probs(
-    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int, temperature: float = 1.0,
+    reference: nn.Module | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probabilities of the last `num_actions` tokens of each sequence, and the entropies beside them.
-
-    The causal shift is here and nowhere else: the logits at position t are about the token at t + 1, so the
-    completion in columns P … P+C-1 is read off the logits at P-1 … P+C-2. No other logits are computed.
 
     Args:
         model: a causal language model.
         sequences: int64 (B, P + C); attention_mask: bool (B, P + C).
         num_actions: C.
         temperature: what the sampler divided its logits by.
+        reference: a model with the same vocabulary, for the KL.
     Returns:
-        log-probabilities and entropies in nats, float32 (B, C). The entropies carry no gradient.
+        log-probabilities, entropies in nats, and KL(model ‖ reference) over the whole vocabulary (0 without a
+        reference), all float32 (B, C) and with gradient.
+    """
+    logits = completion_logits(model, sequences, attention_mask, num_actions).flatten(0, 1)
+    others = None
+    if reference is not None:
+        with torch.no_grad():
+            others = completion_logits(reference, sequences, attention_mask, num_actions).flatten(0, 1)
+    found = token_log_probs(logits, sequences[:, -num_actions:].flatten(), temperature, others)
+    return tuple(x.view(-1, num_actions) for x in found)
+
+
+def completion_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
+    """The logits (B, C, V) that the last `num_actions` tokens of each sequence were read off.
+
+    The causal shift is here and nowhere else: the logits at position t are about the token at t + 1, so the
+    completion in columns P … P+C-1 is read off the logits at P-1 … P+C-2. No other logits are computed.
     """
     width = sequences.shape[1]
     positions = torch.arange(width - num_actions - 1, width - 1, device=sequences.device)
@@ -120,30 +136,34 @@ def sequences_log_probs(
     if "position_ids" in accepted:
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
-        logits = model(**inputs, logits_to_keep=positions).logits
-    else:
-        logits = model(**inputs).logits[:, positions]
-    log_probs, entropies = token_log_probs(logits.flatten(0, 1), sequences[:, positions + 1].flatten(), temperature)
-    return log_probs.view(-1, num_actions), entropies.view(-1, num_actions)
+        return model(**inputs, logits_to_keep=positions).logits
+    return model(**inputs).logits[:, positions]
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-softmax of `logits` (N, V) over temperature, read at `tokens` (N,); and its entropy. Both float32 (N,).
+def token_log_probs(
+    logits: Tensor, tokens: Tensor, temperature: float, reference: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of `logits` (N, V) over temperature, read at `tokens` (N,); its entropy; its KL to `reference`.
 
-    In pieces that are computed again in the backward pass, so that a full fp32 copy of the logits is never alive.
+    All float32 (N,). In pieces that are computed again in the backward pass, so that a full fp32 copy of the logits is
+    never alive. Without a reference the KL is 0.
     """
 
-    def piece(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def piece(logits: Tensor, tokens: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits.float() / temperature
         normalizer = logits.logsumexp(-1)
-        with torch.no_grad():
-            entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
-        return logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer, entropy
+        probs = torch.softmax(logits, -1)
+        entropy = normalizer - (probs * logits).sum(-1)
+        kl = torch.zeros_like(entropy)
+        if others is not None:
+            kl = -entropy - (probs * torch.log_softmax(others.float() / temperature, -1)).sum(-1)
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer, entropy, kl
 
     rows = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
-    pairs = zip(logits.split(rows), tokens.split(rows), strict=True)
-    log_probs, entropies = zip(*(checkpoint(piece, *pair, use_reentrant=False) for pair in pairs), strict=True)
-    return torch.cat(log_probs), torch.cat(entropies)
+    pieces = logits.split(rows), tokens.split(rows)
+    others = [None] * len(pieces[0]) if reference is None else reference.split(rows)
+    found = (checkpoint(piece, *args, use_reentrant=False) for args in zip(*pieces, others, strict=True))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -29,6 +29,8 @@ GLOSSARY = {
     "above that, lower lr or epochs_per_step. Always 0 with one optimizer step per rollout.",
     "train/entropy": "Mean entropy of the trained tokens' distributions, nats. A slow fall is learning; a drop to 0 is "
     "collapse.",
+    "train/sampler_gap": "Mean distance between the log-probability that a token was sampled with and the trainer's "
+    "own, nats. Healthy: rounding (1e-5 in fp32, 0.01 in bf16). More: sampler and trainer disagree.",
     "train/lr": "The learning rate.",
     "train/skipped_steps": "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0.",
     "rollout/returns": "Mean reward of the sampled completions: the curve that should rise.",
@@ -38,6 +40,10 @@ GLOSSARY = {
     "rollout/success_middle": "The same on the middle third.",
     "rollout/success_hard": "The same on the third with the most solution steps.",
     "rollout/completion_tokens": "Mean length of the completions, end token included.",
+    "rollout/tokens_right": "Mean length of the completions that are right.",
+    "rollout/tokens_wrong": "Mean length of those that are not. Growing while the right ones do not: the length bias.",
+    "rollout/rounds": "Rollouts that dynamic sampling made in this step; the completions of each are paid for.",
+    "rollout/idle_groups": "Groups without spread that dynamic sampling could not replace.",
     "rollout/truncated_share": "Share of completions cut off by max_new_tokens. If it grows, so should the budget.",
     "rollout/no_spread_share": "Share of groups whose rewards are all equal: they teach nothing. Above 0.8, the "
     "questions are too hard, too easy, or the reward too coarse.",
@@ -74,7 +80,8 @@ CHARTS = {
         "success of easy, middle and hard questions: all rise, easy first": [
             "Multiline", ["rollout/success_easy", "rollout/success_middle", "rollout/success_hard"]],
         "tokens in a completion: may rise (longer reasoning), not explode": [
-            "Multiline", ["rollout/completion_tokens", "eval/completion_tokens"]],
+            "Multiline", [
+                "rollout/completion_tokens", "rollout/tokens_right", "rollout/tokens_wrong", "eval/completion_tokens"]],
     },
     "Is it healthy?": {
         "KL to the reference: below 0.1": ["Multiline", ["train/kl_divergence"]],
@@ -83,6 +90,7 @@ CHARTS = {
         "entropy: falls slowly, never to 0": ["Multiline", ["train/entropy"]],
         "gradient norm: no steady rise": ["Multiline", ["train/grad_norm"]],
         "new/old probability: near 1": ["Multiline", ["train/ratio_mean"]],
+        "gap between sampler and trainer: rounding": ["Multiline", ["train/sampler_gap"]],
         "skipped steps: 0": ["Multiline", ["train/skipped_steps"]],
     },
     "Where does the time go?": {

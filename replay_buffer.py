@@ -30,9 +30,18 @@ class Experience:
     advantages: Tensor  # float32, (B,): the return compared with its group
     action_log_probs: Tensor | None = None  # float32, (B, C): of the policy that sampled; None: it is the current one
     log_probs_ref: Tensor | None = None  # float32, (B, C): of the frozen reference; None: no KL
+    sampler_log_probs: Tensor | None = None  # float32, (B, C): what the sampler drew each token with; None: unknown
+    policy_mask: Tensor | None = None  # bool, (B, C): the tokens that have a policy term; None: all
 
     @classmethod
-    def of(cls, prompt_ids: list[int], completion_ids: list[int], returns: float, advantage: float) -> "Experience":
+    def of(
+        cls,
+        prompt_ids: list[int],
+        completion_ids: list[int],
+        returns: float,
+        advantage: float,
+        sampler_log_probs: list[float] | None = None,
+    ) -> "Experience":
         """One completion, from lists."""
         sequences = torch.tensor(prompt_ids + completion_ids, dtype=torch.long)
         return cls(
@@ -41,6 +50,7 @@ class Experience:
             action_mask=torch.ones(len(completion_ids), dtype=torch.bool),
             returns=torch.tensor(returns, dtype=torch.float32),
             advantages=torch.tensor(advantage, dtype=torch.float32),
+            sampler_log_probs=None if sampler_log_probs is None else torch.tensor(sampler_log_probs),
         )
 
     @property

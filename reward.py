@@ -37,6 +37,7 @@ REFERENCE = re.compile(
 NOISE = str.maketrans(
     {"$": None, "€": None, "£": None, "¥": None, "−": "-", "–": "-", "—": "-"}
 )  # currency; minus signs
+OVERLONG_SHARE = 0.2
 LARGEST_REWARD = torch.finfo(torch.float32).max
 LONGEST_ANSWER = 200  # characters; more than that is an essay
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -121,6 +122,26 @@ def length_penalty(
     return [-len(ids) / max_new_tokens for ids in completion_ids]
 
 
+def soft_overlong(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], max_new_tokens: int, **columns: Any
+) -> list[float | None]:
+    """0 up to four fifths of the token budget, then in a line down to −1 at its end (DAPO, arXiv 2503.14476, eq. 13).
+
+    The last fifth is DAPO's share: 4096 of 20480 tokens.
+    """
+    buffer = OVERLONG_SHARE * max_new_tokens
+    return [-min(1.0, max(0.0, (len(ids) - (max_new_tokens - buffer)) / buffer)) for ids in completion_ids]
+
+
+def repetition(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Minus the share of runs of three words that were there before: 0 … −1 (after Yeo et al., arXiv 2502.03373)."""
+    penalties = []
+    for words in (c.lower().split() for c in completions):
+        runs = list(zip(words, words[1:], words[2:], strict=False))
+        penalties.append(len(set(runs)) / len(runs) - 1 if runs else 0.0)
+    return penalties
+
+
 def tutorial(prompts: list[str], completions: list[str], reference: list[str], **columns: Any) -> list[float | None]:
     """The tiny-grpo tutorial's: 1.0 the answer equals the reference, 0.5 contains it, 0.01 is another, 0 no tag.
 
@@ -135,7 +156,8 @@ def tutorial(prompts: list[str], completions: list[str], reference: list[str], *
 
 
 REWARDS: dict[str, RewardFunction] = {
-    "accuracy": accuracy, "format": well_formed, "length_penalty": length_penalty, "tutorial": tutorial,
+    "accuracy": accuracy, "format": well_formed, "length_penalty": length_penalty, "soft_overlong": soft_overlong,
+    "repetition": repetition, "tutorial": tutorial,
 }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Many prompts go through one `generate` call of transformers, padded on the left. What is sampled from is exactly the
 distribution that `sequences_log_probs` describes: softmax(logits / temperature), with no other filter, whatever the
-model's own generation settings say (Qwen's, for one, ask for top_k 20 and a repetition penalty).
+model's own generation settings say (Qwen's, for one, ask for top_k 20 and a repetition penalty). What it was sampled
+with is noted token by token, so that the gap between sampler and trainer can be seen, and corrected.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from data import Question
 
@@ -23,6 +30,7 @@ class Completion:
     ids: list[int]  # at least one token; the end token is the last one, unless truncated
     text: str  # decoded, special tokens left out
     truncated: bool  # the budget ran out before an end token came
+    log_probs: list[float] | None = None  # of each token, by the sampler's own distribution
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,15 @@ def complete(
         for start in progress(range(0, len(prompts), sampling.batch_size)):
             chunk = prompts[start : start + sampling.batch_size]
             input_ids, attention_mask = pad_left(chunk, settings.pad_token_id, model.device)
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
-            rows = output[:, input_ids.shape[1] :].tolist()
-            done += [cut(row, ends, tokenizer) for row in rows]
+            processors, noted = sampler(sampling)
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=settings,
+                logits_processor=processors,
+            )
+            rows, log_probs = output[:, input_ids.shape[1] :].tolist(), noted.log_probs(output).tolist()
+            done += [cut(row, ends, tokenizer, lp) for row, lp in zip(rows, log_probs, strict=True)]
     finally:
         model.generation_config = own
     return done
@@ -91,14 +105,14 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def generation_config(sampling: Sampling, ends: list[int], tokenizer: Any) -> GenerationConfig:
-    """Every field that shapes the distribution, stated."""
+    """Every field that shapes the distribution, stated; temperature and top_p are applied by `sampler`."""
     greedy = sampling.temperature == 0
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=not greedy,
-        temperature=1.0 if greedy else sampling.temperature,
-        top_p=1.0 if greedy else sampling.top_p,
+        temperature=1.0,
+        top_p=1.0,
         top_k=0 if not greedy else 50,  # 0: off; greedy ignores it, and warns of any value but its default
         typical_p=1.0,
         repetition_penalty=1.0,
@@ -118,9 +132,49 @@ def pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[
     return ids, mask
 
 
-def cut(row: list[int], ends: list[int], tokenizer: Any) -> Completion:
+class Noted(LogitsProcessor):
+    """Notes the log-probability that each sampled token was drawn with.
+
+    It stands last in generate's list, so that what it sees is what is sampled from; which token was drawn shows in the
+    next call's input_ids. One step's scores (B, V) are alive at a time.
+    """
+
+    def __init__(self) -> None:
+        self.scores: torch.Tensor | None = None
+        self.columns: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Settle the step before, keep this one's scores (B, V)."""
+        self.settle(input_ids[:, -1])
+        self.scores = scores
+        return scores
+
+    def settle(self, tokens: torch.Tensor) -> None:
+        """Log-probability of `tokens` (B,) under the scores that they were drawn from."""
+        if self.scores is not None:
+            drawn = self.scores.gather(-1, tokens[:, None]).squeeze(-1)
+            self.columns.append(drawn - self.scores.logsumexp(-1))
+
+    def log_probs(self, output: torch.Tensor) -> torch.Tensor:
+        """All of them, (B, new tokens), once generate has returned `output`; padding holds anything."""
+        self.settle(output[:, -1])
+        return torch.stack(self.columns, -1)
+
+
+def sampler(sampling: Sampling) -> tuple[LogitsProcessorList, Noted]:
+    """Temperature and nucleus, in transformers' order, and who notes what comes of them."""
+    processors, noted = LogitsProcessorList(), Noted()
+    if sampling.temperature not in (0, 1):
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.temperature and sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(noted)
+    return processors, noted
+
+
+def cut(row: list[int], ends: list[int], tokenizer: Any, log_probs: list[float] | None = None) -> Completion:
     """One row of generate's output up to and including its first end token; what follows that is padding."""
     length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
     ids = row[:length]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Completion(ids, text, truncated=length is None)
+    return Completion(ids, text, truncated=length is None, log_probs=log_probs and log_probs[:length])

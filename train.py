@@ -12,7 +12,7 @@ model.py gives the log-probabilities. Departures from the paper's algorithm 1 st
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ import checkpoint
 import reward
 from config import Config, located, parse_config
 from data import Question, QuestionStream, load_questions, with_prompts
-from errors import UserError, choose, command
+from errors import UserError, command
 from evaluate import evaluate, held_out_questions
-from loss import OBJECTIVES, TOKEN_WEIGHTS, GRPOLoss, group_advantages, token_weights
+from loss import GRPOLoss, Objective, approx_kl_divergence, build_objective, group_advantages, has_spread, token_weights
 from model import Policy, build_accelerator, build_optimizer, check_model, load_model, load_tokenizer
 from monitor import Monitor, completion_page, describe_run, progress
 from replay_buffer import Experience, ReplayBuffer, batches, pad_batch
@@ -58,6 +58,16 @@ class Trainer:
         return self.accelerator.unwrap_model(self.policy).model
 
 
+@dataclass(frozen=True)
+class Group:
+    """A question, its completions, and what each reward says of each of them."""
+
+    question: Question
+    completions: list[Completion]
+    rewards: Tensor | None = None  # float32 (K, group_size), in the order of the trainer's rewards
+    returns: Tensor | None = None  # float32 (group_size,): their weighted sum; NaN where nothing could score
+
+
 def train(t: Trainer, run_dir: Path) -> None:
     """The loop. Evaluation, checkpoint and log are one line each below its five verbs."""
     config = t.config
@@ -69,15 +79,14 @@ def train(t: Trainer, run_dir: Path) -> None:
         for step in progress(range(t.start_step + 1, config.steps + 1), "steps"):
             start = time.perf_counter()
             generator = seed_step(config.seed, step)
-            questions = t.questions.take(config.rollouts_per_step)
-            completions = ask(t, questions)
-            returns = mark(t, questions, completions)
-            advantages = compare(t, returns)
-            remember(t, replay_buffer, questions, completions, returns, advantages)
+            groups = mark(t, ask(t, config.rollouts_per_step))
+            groups = replace_idle(t, groups)
+            advantages = compare(t, groups)
+            remember(t, replay_buffer, groups, advantages)
             learn(t, replay_buffer, step, generator)
             t.monitor.add("time/step", time.perf_counter() - start)
 
-            show_samples(t, questions, completions, returns, advantages, step)
+            show_samples(t, groups[0], advantages[0], step)
             last = step == config.steps
             if due(config.eval_interval, step, last):
                 evaluation(t)
@@ -94,9 +103,10 @@ def due(interval: int, step: int, last: bool) -> bool:
     return interval > 0 and (last or step % interval == 0)
 
 
-def ask(t: Trainer, questions: list[Question]) -> list[list[Completion]]:
-    """Sample a group of completions for each question."""
+def ask(t: Trainer, count: int) -> list[Group]:
+    """Sample a group of completions for each of the next `count` questions."""
     config = t.config
+    questions = t.questions.take(count)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.rollout_batch_size)
     start = time.perf_counter()
     with t.monitor.time("time/rollout"), t.accelerator.autocast():
@@ -106,13 +116,13 @@ def ask(t: Trainer, questions: list[Question]) -> list[list[Completion]]:
     t.monitor.add("rollout/completion_tokens", tokens, len(flat))
     t.monitor.add("rollout/truncated_share", sum(c.truncated for c in flat), len(flat))
     t.monitor.add("perf/tokens_per_second", tokens, time.perf_counter() - start)
-    return groups
+    return [Group(question, group) for question, group in zip(questions, groups, strict=True)]
 
 
-def mark(t: Trainer, questions: list[Question], completions: list[list[Completion]]) -> Tensor:
-    """Score every completion: returns, float32 (questions, group_size), NaN where no reward could score."""
-    pairs = [(q, c) for q, group in zip(questions, completions, strict=True) for c in group]
-    names = {name for question in questions for name in question.columns} - {"prompts", "completions"}
+def mark(t: Trainer, groups: list[Group]) -> list[Group]:
+    """Score every completion."""
+    pairs = [(g.question, c) for g in groups for c in g.completions]
+    names = {name for g in groups for name in g.question.columns} - {"prompts", "completions"}
     columns = {name: [q.columns.get(name) for q, _ in pairs] for name in sorted(names)}
     columns |= {
         "reference": [q.reference for q, _ in pairs],
@@ -123,56 +133,105 @@ def mark(t: Trainer, questions: list[Question], completions: list[list[Completio
     returns, by_name = reward.score(t.rewards, t.config.reward_weights, prompts, texts, columns)
     for name, values in by_name.items():
         t.monitor.add_spread(f"reward/{name}_mean", f"reward/{name}_std", values)
-    t.monitor.add_spread("rollout/returns", "rollout/returns_std", returns)
     for question, completion in pairs:
         success = reward.is_correct(completion.text, question.reference)
         t.monitor.add("rollout/success_rate", success)
+        t.monitor.add("rollout/tokens_right" if success else "rollout/tokens_wrong", len(completion.ids))
         if question.difficulty:
             t.monitor.add(f"rollout/success_{question.difficulty}", success)
-    return returns.view(len(questions), -1)
+    returns = returns.view(len(groups), -1) - kl_penalty(t, groups)
+    rewards = torch.stack(list(by_name.values())).view(-1, *returns.shape).transpose(0, 1)
+    t.monitor.add_spread("rollout/returns", "rollout/returns_std", returns.flatten())
+    t.monitor.add("rollout/no_spread_share", (~has_spread(returns)).sum(), len(groups))
+    return [replace(g, rewards=rewards[i], returns=returns[i]) for i, g in enumerate(groups)]
 
 
-def compare(t: Trainer, returns: Tensor) -> Tensor:
+def kl_penalty(t: Trainer, groups: list[Group]) -> Tensor | float:
+    """With kl_in_reward: kl_weight times the KL of each completion, summed over its tokens, (questions, group_size)."""
+    o = t.loss.objective
+    if not (o.kl_in_reward and o.kl_weight):
+        return 0.0
+    flat = [Experience.of(g.question.prompt_ids, c.ids, 0.0, 0.0) for g in groups for c in g.completions]
+    kl = [approx_kl_divergence(e.action_log_probs, e.log_probs_ref, o.kl_estimator) for e in recall(t, flat, old=True)]
+    t.monitor.add("train/kl_divergence", torch.cat(kl).sum(), sum(map(len, kl)))
+    return o.kl_weight * torch.stack([k.sum() for k in kl]).view(len(groups), -1)
+
+
+def replace_idle(t: Trainer, groups: list[Group]) -> list[Group]:
+    """DAPO's dynamic sampling: new questions in the place of groups whose returns are all equal.
+
+    In `dynamic_sampling` rollouts at the most; the idle groups stay where that was not enough.
+    """
+    rounds, idle = 1, [i for i, g in enumerate(groups) if not has_spread(g.returns)]
+    while idle and rounds < t.loss.objective.dynamic_sampling:
+        rounds += 1
+        fresh = iter([g for g in mark(t, ask(t, len(idle))) if has_spread(g.returns)])
+        found = dict(zip(idle, fresh, strict=False))
+        groups = [found.get(i, g) for i, g in enumerate(groups)]
+        idle = [i for i in idle if i not in found]
+    if t.loss.objective.dynamic_sampling > 1:
+        t.monitor.add("rollout/rounds", rounds)
+        t.monitor.add("rollout/idle_groups", len(idle))
+    return groups
+
+
+def compare(t: Trainer, groups: list[Group]) -> Tensor:
     """Advantages inside each group, float32 (questions, group_size)."""
-    normalize_std = t.loss.objective.normalize_std
-    advantages = group_advantages(returns, normalize_std)
+    returns, rewards = torch.stack([g.returns for g in groups]), torch.stack([g.rewards for g in groups], 1)
+    advantages = group_advantages(returns, t.loss.objective, rewards, t.config.reward_weights)
     baselines = returns.nanmean(-1)
     t.monitor.add_spread("rollout/group_baseline", "rollout/group_baseline_std", baselines)
     t.monitor.add_spread("rollout/advantage_mean", "rollout/advantage_std", advantages.flatten())
-    t.monitor.add("rollout/no_spread_share", (advantages == 0).all(-1).sum(), len(advantages))
     return advantages
 
 
-def remember(
-    t: Trainer,
-    replay_buffer: ReplayBuffer,
-    questions: list[Question],
-    completions: list[list[Completion]],
-    returns: Tensor,
-    advantages: Tensor,
-) -> None:
+def remember(t: Trainer, replay_buffer: ReplayBuffer, groups: list[Group], advantages: Tensor) -> None:
     """Fill the replay buffer, with the log-probabilities of the policy that sampled and of the reference.
 
     With a single optimizer step per rollout the policy that learns is the policy that sampled, so its old
-    log-probabilities are the new ones, and are not computed twice.
+    log-probabilities are the new ones, and are not computed twice. Completions that nothing could score stay out, and
+    truncated ones if the objective says so: neither the sums nor the means of the loss see them.
     """
-    replay_buffer.clear()
+    o = t.loss.objective
     fresh = [
-        Experience.of(question.prompt_ids, completion.ids, float(r), float(a))
-        for question, group, group_r, group_a in zip(questions, completions, returns, advantages, strict=True)
-        for completion, r, a in zip(group, group_r, group_a, strict=True)
+        Experience.of(g.question.prompt_ids, c.ids, float(r), float(a), c.log_probs)
+        for g, row in zip(groups, advantages, strict=True)
+        for c, r, a in zip(g.completions, g.returns, row, strict=True)
+        if not r.isnan() and not (o.mask_truncated and c.truncated)
     ]
-    with t.monitor.time("time/log_probs"), torch.no_grad():
-        for items in batches(fresh, t.config.micro_batch_size):
-            batch = pad_batch(items).to(t.accelerator.device)
-            old = t.policy(batch)[0].cpu() if t.config.optimizer_steps > 1 else None
-            ref = t.reference(batch)[0].cpu() if t.reference is not None else None
-            for i, item in enumerate(items):
-                if old is not None:
-                    item = replace(item, action_log_probs=old[i, : item.num_actions])
-                if ref is not None:
-                    item = replace(item, log_probs_ref=ref[i, : item.num_actions])
-                replay_buffer.append(item)
+    with t.monitor.time("time/log_probs"):
+        ready = recall(t, fresh, old=t.config.optimizer_steps > 1, high_entropy=o.top_entropy)
+    replay_buffer.clear()
+    for experience in ready:
+        replay_buffer.append(experience)
+
+
+@torch.no_grad()
+def recall(t: Trainer, fresh: list[Experience], old: bool, high_entropy: float = 1.0) -> list[Experience]:
+    """The experiences with what the reference, and if `old` the policy as it is now, say of their tokens.
+
+    `high_entropy` below 1: with policy_mask on that share of all their tokens, those of the highest entropy
+    (arXiv 2506.01939). The entropies are those of the policy that sampled, so micro-batches do not matter.
+    """
+    ready, entropies = [], []
+    for items in batches(fresh, t.config.micro_batch_size):
+        batch = pad_batch(items).to(t.accelerator.device)
+        policy = t.policy(batch) if old or high_entropy < 1 else None
+        ref = t.reference(batch)[0].cpu() if t.reference is not None else None
+        for i, item in enumerate(items):
+            n = item.num_actions
+            if old:
+                item = replace(item, action_log_probs=policy[0][i, :n].cpu())
+            if ref is not None:
+                item = replace(item, log_probs_ref=ref[i, :n])
+            if high_entropy < 1:
+                entropies.append(policy[1][i, :n].cpu())
+            ready.append(item)
+    if high_entropy < 1 and ready:
+        ranked = torch.cat(entropies).sort(descending=True).values
+        threshold = ranked[max(1, round(high_entropy * len(ranked))) - 1]
+        ready = [replace(e, policy_mask=h >= threshold) for e, h in zip(ready, entropies, strict=True)]
+    return ready
 
 
 def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.Generator) -> None:
@@ -184,45 +243,48 @@ def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.G
     t.monitor.add("train/lr", lr)
     t.policy.train()
     with t.monitor.time("time/update"):
+        skipped = 0
         for _ in range(config.epochs_per_step):
             for mini_batch in replay_buffer.mini_batches(config.train_batch_size, generator):
-                optimizer_step(t, mini_batch)
+                skipped += not optimizer_step(t, mini_batch)
+    t.monitor.add("train/skipped_steps", skipped)
     t.policy.eval()
 
 
-def optimizer_step(t: Trainer, mini_batch: list[Experience]) -> None:
-    """Add up the gradients of the micro-batches, clip, step; unless the loss or the gradient is not finite.
+def optimizer_step(t: Trainer, mini_batch: list[Experience]) -> bool:
+    """Add up the gradients of the micro-batches, clip, step; False if the loss or the gradient is not finite.
 
-    Weights are those of the whole mini-batch. Without a KL a completion whose advantage is 0 has no gradient, so it is
-    not computed; and the order is by length, so that little of a micro-batch is padding. Neither changes the sum.
+    Weights are those of the whole mini-batch. Where a completion whose advantage is 0 has no gradient (no KL, no
+    entropy bonus) it is not computed; and the order is by length, so that little of a micro-batch is padding. Neither
+    changes the sum.
     """
-    weights = token_weights([e.num_actions for e in mini_batch], t.loss.objective.loss_agg_mode)
-    pairs = [(e, w) for e, w in zip(mini_batch, weights, strict=True) if t.reference is not None or e.advantages != 0]
-    t.monitor.add("train/skipped_steps", 0, 1)
+    o, device = t.loss.objective, t.accelerator.device
+    scale = o.loss_scale_factor or t.config.max_new_tokens
+    weights = token_weights([e.num_actions for e in mini_batch], o.loss_agg_mode, scale)
+    pairs = [(e, w) for e, w in zip(mini_batch, weights, strict=True) if o.trains_everything or e.advantages != 0]
     if not pairs:  # nothing to learn from: no step, not even one of momentum or weight decay
-        return
+        return True
     pairs.sort(key=lambda pair: len(pair[0].sequences))
-    total = torch.zeros((), device=t.accelerator.device)
+    total, entropy, tokens = torch.zeros((), device=device), 0.0, 0
     for chosen in batches(pairs, t.config.micro_batch_size):
-        batch = pad_batch([e for e, _ in chosen]).to(t.accelerator.device)
-        log_probs, entropies = t.policy(batch)
-        loss, metrics = t.loss(log_probs, batch, torch.stack([w for _, w in chosen]).to(t.accelerator.device))
+        batch = pad_batch([e for e, _ in chosen]).to(device)
+        log_probs, entropies, kl = t.policy(batch, t.reference if o.kl_estimator == "full" else None)
+        loss, metrics = t.loss(log_probs, batch, torch.stack([w for _, w in chosen]).to(device), entropies, kl)
         t.accelerator.backward(loss)
         total += loss.detach()
         t.monitor.add_all(metrics)
-        mask = batch.action_mask
-        t.monitor.add("train/entropy", torch.where(mask, entropies, 0.0).sum(), mask.sum())
+        entropy += torch.where(batch.action_mask, entropies.detach(), 0.0).sum()
+        tokens += batch.action_mask.sum()
+    t.monitor.add("train/entropy", entropy, tokens)
     grad_norm = t.accelerator.clip_grad_norm_(t.policy.parameters(), t.config.max_norm)
     finite = bool(torch.isfinite(total) & torch.isfinite(grad_norm))
     if finite:
         t.optimizer.step()
+        t.loss.adapt(float(entropy / tokens))
         t.monitor.add("train/loss", len(mini_batch) * total, len(mini_batch))
         t.monitor.add("train/grad_norm", grad_norm)
-    else:
-        t.monitor.add(
-            "train/skipped_steps", t.config.optimizer_steps, 0
-        )  # the mean over all of them is then the number
     t.optimizer.zero_grad()
+    return finite
 
 
 def evaluation(t: Trainer) -> None:
@@ -233,21 +295,14 @@ def evaluation(t: Trainer) -> None:
 
 def save(t: Trainer, run_dir: Path, step: int) -> None:
     """A checkpoint of this step."""
-    state = checkpoint.TrainerState(step, t.questions.position, t.optimizer.state_dict())
+    state = checkpoint.TrainerState(step, t.questions.position, t.optimizer.state_dict(), t.loss.state_dict())
     checkpoint.save_checkpoint(run_dir, state, t.model, t.tokenizer, t.config)
 
 
-def show_samples(
-    t: Trainer,
-    questions: list[Question],
-    completions: list[list[Completion]],
-    returns: Tensor,
-    advantages: Tensor,
-    step: int,
-) -> None:
-    """The first `log_completions` completions of the step's first question, as pages of text."""
-    for i, completion in enumerate(completions[0][: t.config.log_completions]):
-        question, r, a = questions[0], float(returns[0, i]), float(advantages[0, i])
+def show_samples(t: Trainer, group: Group, advantages: Tensor, step: int) -> None:
+    """The first `log_completions` completions of a group, as pages of text."""
+    for i, completion in enumerate(group.completions[: t.config.log_completions]):
+        question, r, a = group.question, float(group.returns[i]), float(advantages[i])
         page = completion_page(question.question, question.reference, completion.text, r, a)
         t.monitor.text(f"samples/completion_{i + 1}", page, step)
 
@@ -296,11 +351,9 @@ class Interruption:
 
 def build(config: Config, resume: str | None) -> Trainer:
     """Load and check everything that a run needs; UserError if something is missing. Writes nothing."""
-    row = OBJECTIVES[choose(config.objective, OBJECTIVES, "objective")]
-    mode = choose(config.loss_agg_mode or row.loss_agg_mode, TOKEN_WEIGHTS, "loss_agg_mode")
-    normalize_std = row.normalize_std if config.normalize_std is None else config.normalize_std
-    row = replace(row, loss_agg_mode=mode, normalize_std=normalize_std)
-    loss = GRPOLoss(row, config.clip_eps, config.clip_eps_high, config.kl_weight)
+    columns = {f.name: getattr(config, f.name) for f in fields(Objective)}
+    loss = GRPOLoss(build_objective(config.objective, **columns))
+    print(f"objective {config.objective}: {loss.objective.summary}")
     rewards = reward.load_rewards(config.reward)
     accelerator = build_accelerator(config)
     found = checkpoint.checkpoints(Path(resume)) if resume else []
@@ -316,12 +369,13 @@ def build(config: Config, resume: str | None) -> Trainer:
     set_seed(config.seed)
     model = load_model(str(saved or config.model), config.precision, config.gradient_checkpointing)
     check_model(model, tokenizer, config)
-    reference = load_model(config.model, config.precision) if config.kl_weight > 0 else None
+    reference = load_model(config.model, config.precision) if loss.objective.kl_weight > 0 else None
     policy, optimizer = accelerator.prepare(Policy(model, config.temperature), build_optimizer(model, config))
     if reference is not None:
         reference = Policy(reference.requires_grad_(False), config.temperature)
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     if state:
+        loss.load_state_dict(state.loss)
         optimizer.load_state_dict(state.optimizer)
         for group in optimizer.param_groups:  # a state brings its own; the knob may have been changed
             group["weight_decay"] = config.weight_decay

@@ -8,6 +8,7 @@ import yaml
 import train
 from config import PRESETS, Config, parse_config
 from errors import UserError
+from loss import OBJECTIVES, Objective
 
 
 def test_presets_and_flags():
@@ -28,17 +29,18 @@ def test_presets_and_flags():
     assert parse_config(["--gradient-checkpointing", "false"])[0].gradient_checkpointing is False
 
 
+def test_every_column_of_an_objective_is_a_knob():
+    """And is the row's own choice unless it is given."""
+    defaults = Config()
+    assert all(getattr(defaults, column.name) is None for column in dataclasses.fields(Objective))
+
+
 def test_the_tutorials_numbers():
     c = Config()
     assert (c.seed, c.lr, c.train_batch_size, c.group_size, c.rollouts_per_step) == (42, 5e-6, 16, 12, 32)
-    assert (c.epochs_per_step, c.temperature, c.top_p, c.max_norm, c.clip_eps, c.kl_weight) == (
-        1,
-        1.0,
-        1.0,
-        1.0,
-        0.2,
-        0.01,
-    )
+    row = OBJECTIVES[c.objective]
+    assert (c.epochs_per_step, c.temperature, c.top_p, c.max_norm) == (1, 1.0, 1.0, 1.0)
+    assert (row.clip_eps, row.eps_high, row.kl_weight, row.kl_estimator) == (0.2, 0.2, 0.01, "k3")
     assert c.max_prompt_tokens + c.max_new_tokens == 1024 and c.checkpoint_interval == 20
     assert (
         c.arithmetic
@@ -67,7 +69,7 @@ BAD = [
     (["--lr"], "expected one argument"),
     (["--steps", "2.5"], "invalid int value"),
     (["--preset", "tinny"], "There is no preset 'tinny'; did you mean tiny?"),
-    (["--objective", "gpro"], "There is no objective 'gpro'; did you mean grpo?"),
+    (["--objective", "grop"], "There is no objective 'grop'; did you mean grpo?"),
     (["--loss_agg_mode", "mean"], "There is no loss_agg_mode 'mean'"),
     (["--reward", "acuracy"], "There is no reward 'acuracy'; did you mean accuracy?"),
     (["--reward", "accuracy", "format"], "--reward has 2 names and --reward_weights 1 numbers"),
@@ -83,8 +85,13 @@ BAD = [
     (["--steps", "0"], "--steps is 0; it must be 1 or more"),
     (["--group_size", "1"], "--group_size is 1; it must be 2 or more"),
     (["--temperature", "0"], "--temperature is 0.0; it must be more than 0"),
-    (["--top_p", "1.5"], "it is a probability"),
-    (["--clip_eps", "1"], "keep it below 1"),
+    (["--top_p", "1.5"], "it is a share"),
+    (["--top_entropy", "1.5"], "it is a share"),
+    (["--clip_eps", "0"], "--clip_eps is 0.0; it must be more than 0"),
+    (["--sampler_cap", "0.5"], "--sampler_cap is 0.5; it must be 1 or more"),
+    (["--surrogate", "sapo", "--clip_eps", "0.3"], "--surrogate sapo does not clip"),
+    (["--objective", "grpo", "--clip_ratio_c", "1.1"], "it must be more than 1 + clip_eps_high = 1.2"),
+    (["--objective", "dr_grpo", "--kl_estimator", "k2"], "mean nothing without a KL"),
     (["--seed", "-1"], "--seed is -1"),
     (["--micro_batch_size", "512"], "--micro_batch_size 512 is larger than --train_batch_size 256"),
     (["--train_batch_size", "999", "--micro_batch_size", "1"], "larger than the 256 sequences of a rollout"),

@@ -6,16 +6,25 @@ import pytest
 import torch
 
 from loss import (
-    OBJECTIVES,
     TOKEN_WEIGHTS,
     GRPOLoss,
     approx_kl_divergence,
+    build_objective,
     group_advantages,
     token_weights,
 )
 from replay_buffer import Experience
 
 LENGTHS = [5, 1, 3, 2]
+SCALE = 7.0
+
+
+def grpo(**columns):
+    return GRPOLoss(build_objective("grpo", **columns))
+
+
+def advantages(returns, normalize=True):
+    return group_advantages(returns, build_objective("grpo", advantage_std="group" if normalize else "none"))
 
 
 def make_batch(seed=0, lengths=LENGTHS, with_old=True):
@@ -60,6 +69,8 @@ def slow_loss(log_probs, e, mode, eps_low, eps_high, beta):
             total = total + sequence / length / len(LENGTHS)
         elif mode == "token-mean":
             total = total + sequence / n_tokens
+        else:
+            total = total + sequence / len(LENGTHS) / (1.0 if mode == "seq-mean-token-sum" else SCALE)
     return total
 
 
@@ -67,8 +78,8 @@ def slow_loss(log_probs, e, mode, eps_low, eps_high, beta):
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_gradient_equal_the_double_loop(mode, seed):
     log_probs, e = make_batch(seed)
-    objective = GRPOLoss(OBJECTIVES["grpo"], clip_eps=0.2, clip_eps_high=0.3, kl_weight=0.05)
-    loss, metrics = objective(log_probs, e, token_weights(LENGTHS, mode).double())
+    objective = grpo(clip_eps_high=0.3, kl_weight=0.05)
+    loss, metrics = objective(log_probs, e, token_weights(LENGTHS, mode, SCALE).double())
     (gradient,) = torch.autograd.grad(loss, log_probs)
     slow = slow_loss(log_probs, e, mode, 0.2, 0.3, 0.05)
     (slow_gradient,) = torch.autograd.grad(slow, log_probs)
@@ -77,7 +88,7 @@ def test_loss_and_gradient_equal_the_double_loop(mode, seed):
     torch.testing.assert_close(gradient, slow_gradient, rtol=1e-6, atol=1e-9)
     share, count = metrics["train/clipped_share"]
     assert 0 < share < count, "the batch must exercise the clip, or this test compares nothing"
-    no_kl = GRPOLoss(OBJECTIVES["grpo"], clip_eps=0.2, clip_eps_high=0.3, kl_weight=0.0)
+    no_kl = grpo(clip_eps_high=0.3, kl_weight=0.0)
     (of_policy,) = torch.autograd.grad(no_kl(log_probs, e, torch.ones(4))[0], log_probs)
     assert share == (e.action_mask & (of_policy == 0)).sum(), "clipped is what has no gradient"
 
@@ -86,7 +97,7 @@ def test_loss_and_gradient_equal_the_double_loop(mode, seed):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_micro_batches_add_up_to_the_full_batch(mode, size):
     """Averaging inside each micro-batch, the usual way, fails this for every size that does not divide evenly."""
-    objective = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.05)
+    objective = grpo(kl_weight=0.05)
     log_probs, e = make_batch()
     weights = token_weights(LENGTHS, mode).double()
     full = torch.autograd.grad(objective(log_probs, e, weights)[0], log_probs)[0]
@@ -99,7 +110,7 @@ def test_micro_batches_add_up_to_the_full_batch(mode, size):
 
 
 def test_the_weights_are_one_mean():
-    for mode in TOKEN_WEIGHTS:
+    for mode in ("seq-mean-token-mean", "token-mean"):
         weights = token_weights(LENGTHS, mode)
         assert float((weights * torch.tensor(LENGTHS)).sum()) == pytest.approx(1.0)
     assert token_weights([3, 0], "seq-mean-token-mean").isfinite().all()
@@ -107,7 +118,7 @@ def test_the_weights_are_one_mean():
 
 def test_clip_is_on_the_pessimistic_side_for_both_signs():
     """Fault in the field: `where(A >= 0, min, max)` of the two surrogates trains where it must not, for A < 0."""
-    objective = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.0)
+    objective = grpo(kl_weight=0.0)
     for ratio, advantage, moves in [(1.5, 1, False), (0.5, 1, True), (1.5, -1, True), (0.5, -1, False)]:
         log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
         e = Experience(
@@ -122,7 +133,7 @@ def test_clip_is_on_the_pessimistic_side_for_both_signs():
 def test_without_old_log_probs_the_gradient_is_that_of_reinforce():
     log_probs, e = make_batch(with_old=False)
     weights = token_weights(LENGTHS, "seq-mean-token-mean").double()
-    loss, metrics = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.0)(log_probs, e, weights)
+    loss, metrics = grpo(kl_weight=0.0)(log_probs, e, weights)
     (gradient,) = torch.autograd.grad(loss, log_probs)
     expected = torch.where(e.action_mask, -weights[:, None] * e.advantages[:, None], 0.0)
     torch.testing.assert_close(gradient, expected)
@@ -133,9 +144,9 @@ def test_without_old_log_probs_the_gradient_is_that_of_reinforce():
 def test_padding_may_hold_anything():
     """Fault 5: multiplying by the mask after the exponential turns an infinity in the padding into NaN."""
     log_probs, e = make_batch()
-    clean = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.1)(log_probs, e, torch.ones(4))[0]
+    clean = grpo(kl_weight=0.1)(log_probs, e, torch.ones(4))[0]
     dirty = Experience(**{**vars(e), "log_probs_ref": torch.where(e.action_mask, e.log_probs_ref, torch.inf)})
-    loss, metrics = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.1)(log_probs, dirty, torch.ones(4))
+    loss, metrics = grpo(kl_weight=0.1)(log_probs, dirty, torch.ones(4))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert loss == clean and gradient.isfinite().all()
     assert all(total.isfinite() for total, _ in metrics.values())
@@ -145,7 +156,7 @@ def test_extreme_log_probs_stay_finite():
     log_probs, e = make_batch()
     for shift in (-1000.0, 1000.0):  # e^1000 is an infinity even in float64
         moved = (log_probs + shift).detach().requires_grad_()
-        loss, _ = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.1)(moved, e, torch.ones(4))
+        loss, _ = grpo(kl_weight=0.1)(moved, e, torch.ones(4))
         loss.backward()
         assert loss.isfinite() and moved.grad.isfinite().all()
 
@@ -157,7 +168,7 @@ def test_an_empty_completion_is_no_nan():
     mask[1] = False
     e = Experience(**{**vars(e), "action_mask": mask})
     weights = token_weights(mask.sum(-1).tolist(), "seq-mean-token-mean").double()
-    loss, metrics = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.1)(log_probs, e, weights)
+    loss, metrics = grpo(kl_weight=0.1)(log_probs, e, weights)
     loss.backward()
     assert loss.isfinite() and log_probs.grad.isfinite().all()
 
@@ -165,7 +176,7 @@ def test_an_empty_completion_is_no_nan():
 def test_kl_metric_is_the_mean_over_completion_tokens():
     """Fault 4: a mean over padding zeros under-reports the KL by the density of the mask."""
     log_probs, e = make_batch()
-    total, count = GRPOLoss(OBJECTIVES["grpo"], 0.2, None, 0.1)(log_probs, e, torch.ones(4))[1]["train/kl_divergence"]
+    total, count = grpo(kl_weight=0.1)(log_probs, e, torch.ones(4))[1]["train/kl_divergence"]
     kl = [approx_kl_divergence(log_probs[i, t], e.log_probs_ref[i, t]) for i, n in enumerate(LENGTHS) for t in range(n)]
     assert count == sum(LENGTHS)
     torch.testing.assert_close(total / count, torch.stack(kl).mean().detach())
@@ -175,7 +186,7 @@ def test_kl_metric_is_the_mean_over_completion_tokens():
 def test_advantages_equal_the_formula():
     returns = torch.tensor([[1.0, 0.0, 0.5, 0.0], [0.2, 0.9, 0.4, 0.1]])
     for normalize in (True, False):
-        for row, found in zip(returns, group_advantages(returns, normalize), strict=True):
+        for row, found in zip(returns, advantages(returns, normalize), strict=True):
             mean = sum(row) / 4
             std = (sum((r - mean) ** 2 for r in row) / 3) ** 0.5
             expected = [(r - mean) / (std + 1e-4) if normalize else r - mean for r in row]
@@ -187,17 +198,17 @@ def test_advantages_equal_the_formula():
 def test_equal_rewards_give_exactly_zero(value, size):
     """Fault 6: with eps 1e-8 twelve rewards of 0.01 got advantages of +0.085 each, out of rounding alone."""
     for normalize in (True, False):
-        assert (group_advantages(torch.full((3, size), value), normalize) == 0).all()
+        assert (advantages(torch.full((3, size), value), normalize) == 0).all()
 
 
 def test_groups_do_not_see_each_other():
-    alone = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]))
-    beside = group_advantages(torch.tensor([[5.0, 9.0, 2.0], [1.0, 0.0, 0.0]]))
+    alone = advantages(torch.tensor([[1.0, 0.0, 0.0]]))
+    beside = advantages(torch.tensor([[5.0, 9.0, 2.0], [1.0, 0.0, 0.0]]))
     assert (beside[1] == alone[0]).all()
 
 
 def test_unscored_completions_take_no_part():
     nan = torch.nan
-    found = group_advantages(torch.tensor([[1.0, nan, 0.0, nan], [nan, nan, nan, nan], [0.3, nan, nan, nan]]))
-    torch.testing.assert_close(found[0, [0, 2]], group_advantages(torch.tensor([[1.0, 0.0]]))[0])
+    found = advantages(torch.tensor([[1.0, nan, 0.0, nan], [nan, nan, nan, nan], [0.3, nan, nan, nan]]))
+    torch.testing.assert_close(found[0, [0, 2]], advantages(torch.tensor([[1.0, 0.0]]))[0])
     assert found[0, 1] == 0 and found[0, 3] == 0 and (found[1:] == 0).all()

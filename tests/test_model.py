@@ -31,7 +31,7 @@ def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch)
     """Faults 2, 9 and 11: padded, scaled by the temperature, in pieces; as if each row were alone and plain."""
     monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", piece)
     e = batch()
-    log_probs, entropies = sequences_log_probs(model, e.sequences, e.attention_mask, e.num_actions, temperature)
+    log_probs, entropies, _ = sequences_log_probs(model, e.sequences, e.attention_mask, e.num_actions, temperature)
     assert log_probs.dtype == torch.float32 and entropies.shape == log_probs.shape == e.action_mask.shape
     for row, (prompt, completion) in zip(log_probs, ROWS, strict=True):
         expected = plain_log_probs(model, prompt, completion, temperature)
@@ -48,7 +48,7 @@ def test_the_gradient_is_that_of_the_plain_forward_pass(model, tmp_path, monkeyp
     e = batch()
     model.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "fp32", gradient_checkpointing=True).train()
-    log_probs, _ = Policy(model, 0.8)(e)
+    log_probs, *_ = Policy(model, 0.8)(e)
     log_probs[e.action_mask].sum().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -71,7 +71,7 @@ def test_a_head_without_logits_to_keep_gives_the_same(model):
     """Some architectures compute all logits; the completion's are then picked from them."""
     e = batch()
     arguments = (e.sequences, e.attention_mask, e.num_actions)
-    expected, _ = sequences_log_probs(model, *arguments)
+    expected, *_ = sequences_log_probs(model, *arguments)
 
     class Old(torch.nn.Module):
         def forward(self, input_ids, attention_mask, position_ids, use_cache):
@@ -93,9 +93,9 @@ def test_dropout_is_off_in_training(tmp_path, network):
     network.save_pretrained(tmp_path / "model")
     network = load_model(str(tmp_path / "model"), "fp32")
     e = batch()
-    quiet, _ = Policy(network, 1.0)(e)
+    quiet, *_ = Policy(network, 1.0)(e)
     network.train()
-    loud, _ = Policy(network, 1.0)(e)
+    loud, *_ = Policy(network, 1.0)(e)
     torch.testing.assert_close(loud[e.action_mask], quiet[e.action_mask])
 
 
@@ -154,7 +154,7 @@ def test_precision(precision, weights, arithmetic):
     policy = accelerator.prepare(Policy(network, 1.0))
     seen = []
     network.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
-    log_probs, _ = policy(batch())
+    log_probs, *_ = policy(batch())
     log_probs.sum().backward()
     assert {p.dtype for p in network.parameters()} == {weights} and seen == [arithmetic]
     assert log_probs.dtype == torch.float32 and all(p.grad.isfinite().all() for p in network.parameters())

@@ -12,8 +12,10 @@ from reward import (
     is_correct_flexible,
     length_penalty,
     load_rewards,
+    repetition,
     same_answer,
     score,
+    soft_overlong,
     tutorial,
     well_formed,
 )
@@ -91,6 +93,18 @@ def test_length_penalty():
         -0.5,
         -1.0,
     ]
+
+
+def test_soft_overlong_is_the_papers_line():
+    """DAPO, equation 13, with a budget of 100 and a buffer of 20."""
+    for length, expected in [(1, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0)]:
+        assert ask(soft_overlong, [""], [""], completion_ids=[[1] * length], max_new_tokens=100) == [expected]
+
+
+def test_repetition_counts_runs_of_three_words():
+    texts = ["a b c d", "a b c a b c", "one two three " * 10, "too short", ""]
+    found = ask(repetition, texts, [""] * 5)
+    assert found == pytest.approx([0.0, 3 / 4 - 1, 3 / 28 - 1, 0.0, 0.0])
 
 
 def test_your_own_reward(tmp_path):

@@ -84,7 +84,7 @@ def test_samples_follow_the_log_probabilities(model, tokenizer, prompts, tempera
     done = complete(model, tokenizer, [prompts[0]] * 20000, Sampling(1, temperature, batch_size=5000))
     counts = torch.bincount(torch.tensor([c.ids[0] for c in done]), minlength=len(tokenizer)).double()
     every = torch.tensor([prompts[0] + [token] for token in range(len(tokenizer))])
-    log_probs, _ = sequences_log_probs(model, every, torch.ones_like(every, dtype=torch.bool), 1, temperature)
+    log_probs, *_ = sequences_log_probs(model, every, torch.ones_like(every, dtype=torch.bool), 1, temperature)
     expected = log_probs[:, 0].detach().double().exp() * 20000
     assert expected.sum() == pytest.approx(20000, rel=1e-4)
     common = expected > 5

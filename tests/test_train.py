@@ -27,11 +27,9 @@ def build(tmp_path, *flags):
 def one_rollout(t, buffer):
     """The first four verbs."""
     train.seed_step(t.config.seed, 1)
-    questions = t.questions.take(t.config.rollouts_per_step)
-    completions = train.ask(t, questions)
-    returns = train.mark(t, questions, completions)
-    train.remember(t, buffer, questions, completions, returns, train.compare(t, returns))
-    return completions
+    groups = train.mark(t, train.ask(t, t.config.rollouts_per_step))
+    train.remember(t, buffer, groups, train.compare(t, groups))
+    return [g.completions for g in groups]
 
 
 def gradient(tmp_path, *flags):
@@ -119,6 +117,8 @@ def test_same_seed_same_metrics_and_another_seed_others(tiny_run):
     "flags",
     [
         ("--epochs_per_step=2", "--kl_weight=0.05", "--warmup_steps=3", "--group_size=3", "--rollouts_per_step=5"),
+        ("--objective=dapo", "--reward", "accuracy", "soft_overlong", "--reward_weights", "1", "0.5"),
+        ("--entropy_target=0.5", "--entropy_weight=0.01", "--top_entropy=0.5", "--temperature=0.8"),
         ("--dataset={few}", "--eval_dataset=tiny/task"),  # 7 questions, so the four steps of 4 cross two epochs
     ],
 )
