@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from errors import UserError, choose
+from loss import NAMES, OBJECTIVES, Objective
 
 # The tutorial's prompt, in our words: what the rewards look for is what the model is asked for. No number in it, since
 # a model that has not learned yet will copy its example, and a copied 42 would now and then be right.
@@ -31,6 +33,11 @@ def knob(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def column(help: str, names: str = "") -> Any:
+    """A column of the objective: None is the row's own choice. `names`: of the choices, in loss.py's NAMES."""
+    return knob(None, f"{help}: {', '.join(NAMES[names])}" if names else help)
 
 
 @dataclass(frozen=True)
@@ -75,53 +82,36 @@ class Config:
     reward_weights: list[float] = knob([1.0, 0.2], "one weight for each reward")
 
     # Objective: the row, and, where it is not to be the row's own choice, each of its columns
-    objective: str = knob(
-        "grpo", "a row of OBJECTIVES in loss.py: grpo, dr_grpo, dapo, gspo, cispo, ... (docs/objectives.md)"
+    objective: str = knob("grpo", f"the method, a row of loss.py's table: {', '.join(OBJECTIVES)}")
+    advantage: str | None = column("what a reward is compared with in its group (leave-one-out: RLOO)", "advantage")
+    advantage_std: str | None = column("divide advantages by the std of the rewards of this", "advantage_std")
+    multi_objective_aggregation: str | None = column(
+        "several rewards: add them up and compare, or compare each and add up (GDPO)", "multi_objective_aggregation"
     )
-    advantage: str | None = knob(None, "what a reward is compared with: group, leave-one-out (RLOO), pass-at-k or raw")
-    advantage_std: str | None = knob(None, "divide advantages by the std of the rewards of the: group, batch, or none")
-    multi_objective_aggregation: str | None = knob(
-        None, "several rewards: sum_then_normalize or normalize_then_sum (GDPO)"
+    relative_reward_weight: float | None = column("weight of the reward compared with its group (grpo: 1)")
+    baseline_reward_weight: float | None = column("weight of the uncompared reward, added to that (grpo: 0)")
+    whiten_advantages: bool | None = column("at last give the advantages mean 0 and std 1 over the rollout")
+    ratio_level: str | None = column("ratio of each token, or of the whole sequence (GSPO)", "ratio_level")
+    surrogate: str | None = column("policy term", "surrogate")
+    clip_eps: float | None = column("the ratio is clipped to 1 ± clip_eps (grpo: 0.2, tutorial; epsilon of the paper)")
+    clip_eps_high: float | None = column("upper side of the clip, if it differs (dapo: 0.28)")
+    clip_ratio_c: float | None = column("dual clip: a bad completion's ratio counts up to this (verl: 3; TRL's delta)")
+    loss_agg_mode: str | None = column("mean over tokens", "loss_agg_mode")
+    loss_scale_factor: float | None = column("constant of seq-mean-token-sum-norm (dr_grpo: max_new_tokens)")
+    kl_weight: float | None = column("weight of the KL to the frozen reference; 0: none (grpo: 0.01, tutorial; beta)")
+    kl_estimator: str | None = column("k1, abs, k2, k3 (grpo), each with + for k2's gradient; k3-ratio; full (exact)")
+    kl_in_reward: bool | None = column("subtract the KL from the reward, instead of adding it to the loss")
+    entropy_weight: float | None = column("bonus for entropy, per nat")
+    entropy_target: float | None = column(
+        "makes the bonus adaptive: it grows while the entropy is below this many nats"
     )
-    relative_reward_weight: float | None = knob(None, "weight of the advantage ...")
-    baseline_reward_weight: float | None = knob(None, "... and of the reward as it is, which is added to it")
-    whiten_advantages: bool | None = knob(None, "then mean 0 and std 1 over the whole batch (REINFORCE++)")
-    ratio_level: str | None = knob(
-        None, "ratio of each token, or of the sequence (GSPO): token, sequence, sequence-token"
+    top_entropy: float | None = column("share of tokens that is trained, those of most entropy (2506.01939: 0.2)")
+    dynamic_sampling: int | None = column(
+        "rollouts a step may make to replace groups whose rewards are all equal; 1: none (dapo: 10)"
     )
-    surrogate: str | None = knob(None, "policy term: clip, cispo, sapo, gmpo, dppo or reinforce")
-    clip_eps: float | None = knob(
-        None, "the ratio is clipped to 1 ± clip_eps (grpo: 0.2, tutorial; epsilon of the paper)"
-    )
-    clip_eps_high: float | None = knob(None, "upper side of the clip, if it differs (dapo: 0.28)")
-    clip_ratio_c: float | None = knob(
-        None, "dual clip: the ratio of a bad completion counts up to this (verl: 3; TRL's delta)"
-    )
-    loss_agg_mode: str | None = knob(
-        None,
-        "mean over tokens: seq-mean-token-mean (grpo), token-mean (dapo), seq-mean-token-sum, seq-mean-token-sum-norm",
-    )
-    loss_scale_factor: float | None = knob(None, "the constant of seq-mean-token-sum-norm (dr_grpo: max_new_tokens)")
-    kl_weight: float | None = knob(
-        None, "weight of the KL to the frozen reference; 0: no reference (grpo: 0.01, tutorial; beta)"
-    )
-    kl_estimator: str | None = knob(
-        None, "k1, abs, k2, k3 (grpo), each with + for k2's gradient; k3-ratio; full (exact)"
-    )
-    kl_in_reward: bool | None = knob(None, "subtract the KL from the reward, instead of adding it to the loss")
-    entropy_weight: float | None = knob(None, "bonus for entropy, per nat")
-    entropy_target: float | None = knob(None, "adaptive bonus: grows while the entropy is below this many nats")
-    top_entropy: float | None = knob(
-        None, "share of the tokens, those of highest entropy, that are trained (2506.01939: 0.2)"
-    )
-    dynamic_sampling: int | None = knob(
-        None, "rollouts a step may make to replace groups whose rewards are all equal; 1: none (dapo: 10)"
-    )
-    mask_truncated: bool | None = knob(None, "do not train on completions cut off by max_new_tokens (dapo)")
-    sampler_correction: str | None = knob(
-        None, "importance weights for a sampler that differs: none, token_truncate, token_mask, sequence_truncate, ..."
-    )
-    sampler_cap: float | None = knob(None, "the largest such weight (TRL: 3)")
+    mask_truncated: bool | None = column("do not train on completions cut off by max_new_tokens (dapo)")
+    sampler_correction: str | None = column("importance weights for a sampler that differs", "sampler_correction")
+    sampler_cap: float | None = column("the largest such weight (TRL: 3)")
 
     # Optimization
     train_batch_size: int = knob(16, "sequences per optimizer step (tutorial)")
@@ -224,11 +214,15 @@ AT_LEAST = {
     "warmup_steps": 0, "weight_decay": 0, "eval_interval": 0, "eval_questions": 0, "eval_samples": 0,
     "checkpoint_interval": 0, "keep_checkpoints": 1, "log_completions": 0, "relative_reward_weight": 0,
     "baseline_reward_weight": 0, "entropy_weight": 0, "entropy_target": 0, "dynamic_sampling": 1, "sampler_cap": 1,
+    "clip_eps_high": 0,
 }  # fmt: skip
 ABOVE_ZERO = (
-    "temperature", "top_p", "clip_eps", "clip_eps_high", "clip_ratio_c", "loss_scale_factor", "top_entropy", "lr",
+    "temperature", "top_p", "clip_eps", "clip_ratio_c", "loss_scale_factor", "top_entropy", "lr",
     "max_norm",
 )  # fmt: skip
+
+
+COLUMNS = {f.name for f in dataclasses.fields(Objective)}
 
 
 def located(name: str) -> str:
@@ -269,6 +263,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The docstring as it is written, and each default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest in COLUMNS:
+            return f"{action.help} (default: the objective's own)"
+        return super()._get_help_string(action) if action.default is not None else action.help
 
 
 class Parser(HfArgumentParser):
@@ -324,6 +323,9 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
         UserError: for unknown names, impossible values and contradictions.
     """
     parser = Parser(Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    for action in parser._actions:
+        if action.type is string_to_bool:  # `--mask_truncated` alone is true, as for the other switches
+            action.nargs, action.const = "?", True
     parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
     about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)
@@ -354,6 +356,8 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
         raise UserError(f"{file} was made from the preset {settings['preset']}; leave out --preset {preset}.")
     if not file:
         settings = PRESETS[choose(preset, PRESETS, "preset")]
+        if "objective" in given:  # the whole row, also where the preset has a choice of its own
+            settings = {k: v for k, v in settings.items() if k not in COLUMNS}
     elif not resume:
         settings.pop("run_dir", None)  # a re-run gets a folder of its own
     names = {f.name for f in dataclasses.fields(Config)}

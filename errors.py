@@ -5,6 +5,8 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 
+MOST_SHOWN = 24  # names in one sentence
+
 
 class UserError(Exception):
     """Something that the user can put right; its text is the sentence that they read."""
@@ -16,8 +18,9 @@ def choose(name: str, options: Iterable[str], what: str) -> str:
     if name in options:
         return name
     near = difflib.get_close_matches(name, options, n=1)
-    guess = f"did you mean {near[0]}?" if near else f"choose one of: {', '.join(options)}."
-    raise UserError(f"There is no {what} {name!r}; {guess}")
+    every = f"choose one of: {', '.join(options)}." if len(options) <= MOST_SHOWN or not near else ""
+    guess = f"did you mean {near[0]}?" if near else ""
+    raise UserError(" ".join(filter(None, [f"There is no {what} {name!r};", guess, every])))
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

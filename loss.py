@@ -1,9 +1,9 @@
 """Every equation: advantages, ratios, surrogates, means, KL, and the objectives by name. Pure tensors.
 
-Read OBJECTIVES, at the end, first: one row for each method, and what a row does not state is the paper's GRPO
-(DeepSeekMath, arXiv 2402.03300), which the defaults of `Objective` are. A choice is a name in one of the small tables
-(ADVANTAGES, RATIO_LEVELS, SURROGATES, TOKEN_WEIGHTS, KL_ESTIMATORS); each name is one short function. A new method is
-a row, or a row and one function.
+Read OBJECTIVES, near the end, first: one row for each method, and what a row does not state is the paper's GRPO
+(DeepSeekMath, arXiv 2402.03300; β is the tutorial's), which the defaults of `Objective` are. The choices that have an
+equation are names in five small tables (ADVANTAGES, RATIO_LEVELS, SURROGATES, TOKEN_WEIGHTS, KL_ESTIMATORS), each with
+one short function. A new method is a row, or a row and one function of what the others of its kind are given.
 
 Shapes: Q questions, G completions of each, B sequences, C completion tokens. l = log π − log π_old of a token,
 r = exp(l), A its advantage, d = log π − log π_ref. Where this departs from the papers:
@@ -14,8 +14,8 @@ r = exp(l), A its advantage, d = log π − log π_ref. Where this departs from 
 - l is clamped to ±20 before the exponential, so that no input gives an infinity (as verl does in most of its
   policy terms; TRL in none).
 
-With a surrogate that has a ratio, the paper's mean and on-policy, the loss of a step is close to 0 (plus the KL), since
-the advantages of a group add up to 0. Its gradient is not.
+On-policy, with a surrogate that has a ratio, the paper's mean and whole groups in the optimizer step, the loss is close
+to 0 (plus the KL), since the advantages of a group add up to 0. Its gradient is not.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from errors import UserError, choose
 from replay_buffer import Experience
 
 LOG_RATIO_LIMIT = 20.0
-KL_LIMIT = 10.0  # of k3, verl's
+KL_LIMIT = 10.0  # the most that k3 counts at a token; verl's
 STD_EPS = 1e-4  # TRL's; with 1e-8, rounding noise in a group of equal rewards is blown up to a signal
 ENTROPY_STEP = 0.005  # by which the adaptive entropy bonus moves, TRL's
 DPPO_RATIO_LIMIT = 20.0  # arXiv 2602.04879, section 5.4
@@ -40,11 +40,13 @@ class Objective:
 
     # Advantages: what each completion is compared with, and what the difference is divided by
     advantage: str = "group"  # a name of ADVANTAGES
-    advantage_std: str = "group"  # divide by the std of the rewards of the group, of the whole batch, or none
-    multi_objective_aggregation: str = "sum_then_normalize"  # or normalize_then_sum: each reward in its group first
+    advantage_std: str = "group"  # divide by the std of the rewards of the group, of the whole rollout (batch), or none
+    multi_objective_aggregation: str = (
+        "sum_then_normalize"  # or normalize_then_sum: compare each reward in its group, then add up
+    )
     relative_reward_weight: float = 1.0  # weight of the above ...
     baseline_reward_weight: float = 0.0  # ... and of the reward as it is, added to it
-    whiten_advantages: bool = False  # then mean 0 and std 1 over the whole batch
+    whiten_advantages: bool = False  # then mean 0 and std 1 over the whole rollout
     # Policy term
     ratio_level: str = "token"  # a name of RATIO_LEVELS
     surrogate: str = "clip"  # a name of SURROGATES
@@ -71,9 +73,20 @@ class Objective:
 
     @property
     def summary(self) -> str:
-        """What differs from the paper's GRPO, in a line."""
+        """What differs from the row grpo, in a line; empty if nothing does."""
         other = {c: v for c, v in vars(self).items() if v != getattr(Objective, c)}
-        return ", ".join(f"{c} {v}" for c, v in other.items()) or "the paper's"
+        return ", ".join(f"{c} {v}" for c, v in other.items())
+
+    @property
+    def has_own_ratio(self) -> bool:
+        """Whether ratio, surrogate or clip differ from the row grpo."""
+        columns = ("ratio_level", "surrogate", "clip_eps", "clip_eps_high", "clip_ratio_c")
+        return any(getattr(self, c) != getattr(Objective, c) for c in columns)
+
+    @property
+    def spreads_gradient(self) -> bool:
+        """Whether the loss of one token has a gradient at the others of its sequence, so that none can be left out."""
+        return self.ratio_level == "sequence" or self.surrogate == "gmpo"
 
     @property
     def eps_high(self) -> float:
@@ -101,7 +114,7 @@ def has_spread(returns: Tensor) -> Tensor:
 
 
 def minus_mean(returns: Tensor) -> Tensor:
-    """R − mean of the group (section 4.1.2), exactly 0 where all are equal.
+    """R − mean of the group (section 4.1.2), exactly 0 where all are equal (× 0 keeps the NaNs).
 
     Rounding leaves the mean of twelve equal 0.01s a hair beside 0.01, and 1 / std makes a signal of that hair.
     """
@@ -117,7 +130,8 @@ def leave_one_out(returns: Tensor) -> Tensor:
 
 def best_minus_second(returns: Tensor) -> Tensor:
     """The best completion gets its lead over the second, the others nothing: the gain in max reward that each one
-    brings to its group, leave-one-out (pass@k, arXiv 2503.19595)."""
+    brings to its group, leave-one-out (pass@k with k = G, arXiv 2503.19595). With rewards of 0 and 1 only a group
+    with exactly one right completion teaches."""
     best = torch.where(returns.isnan(), -torch.inf, returns).topk(2, -1)
     lead = torch.where(has_spread(returns), best.values[..., 0] - best.values[..., 1], 0.0)
     return (returns * 0).scatter_add(-1, best.indices[..., :1], lead[..., None])
@@ -176,12 +190,13 @@ def group_advantages(
 # --------------------------------------------------------------------------------------- means: a weight per token
 
 # Each one: the weight of a token of each sequence, given the lengths (N,) of all completions of the optimizer step, how
-# many of them are not empty, and the constant of the last one. The names are verl's.
+# many of them are not empty, and the constant of seq-mean-token-sum-norm. The names are verl's.
 TOKEN_WEIGHTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     # the paper's: every completion counts the same, so a token of a long one counts less
     "seq-mean-token-mean": lambda lengths, count, scale: 1 / (count * lengths.clamp(min=1)),
     # DAPO's, arXiv 2503.14476: every token counts the same
     "token-mean": lambda lengths, count, scale: 1 / lengths.sum().clamp(min=1).expand_as(lengths),
+    # every token counts the same, and the sum grows with the length
     "seq-mean-token-sum": lambda lengths, count, scale: 1 / count.expand_as(lengths),
     # Dr. GRPO's, arXiv 2503.20783: a constant instead of the length
     "seq-mean-token-sum-norm": lambda lengths, count, scale: 1 / (count * scale).expand_as(lengths),
@@ -215,6 +230,10 @@ RATIO_LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # GSPO-token, eq. 14: the same value, but each token's gradient goes to that token alone
     "sequence-token": lambda log_ratio, mask: sequence_mean(log_ratio, mask).detach() + log_ratio - log_ratio.detach(),
 }
+
+
+# Each one: the loss of each token, (B, C), given what stands for l (B, C), log π (B, C), A (B, 1), the mask (B, C) and
+# the row. What stands at padding is dropped later. To stop a gradient: detach.
 
 
 def clip(log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor, o: Objective) -> Tensor:
@@ -276,7 +295,7 @@ def policy_term(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
 
 
 def taught_nothing(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, o: Objective) -> Tensor:
-    """The tokens that have an advantage and, whatever the surrogate, no gradient: bool (B, C). The clipped ones."""
+    """The tokens that have an advantage and, under this row's surrogate, no gradient: bool (B, C). The clipped ones."""
     with torch.enable_grad():
         leaf = log_probs.detach().requires_grad_()
         terms = torch.where(mask, policy_term(leaf, old, advantages, mask, o), 0.0)
@@ -339,7 +358,6 @@ def approx_kl_divergence(
 
 # ------------------------------------------------------------------------------------------------------- methods
 
-SEQUENCE = {"ratio_level": "sequence", "kl_weight": 0.0}
 OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(),  # DeepSeekMath, arXiv 2402.03300
     "bnpo": Objective(loss_agg_mode="token-mean"),  # TRL's name for the paper's terms under a token mean
@@ -348,10 +366,10 @@ OBJECTIVES: dict[str, Objective] = {
         clip_eps_high=0.28, loss_agg_mode="token-mean", kl_weight=0.0, dynamic_sampling=10, mask_truncated=True
     ),
     "lite_ppo": Objective(advantage_std="batch", loss_agg_mode="token-mean", kl_weight=0.0),  # 2508.08221
-    "gspo": Objective(clip_eps=3e-4, clip_eps_high=4e-4, **SEQUENCE),  # 2507.18071
+    "gspo": Objective(ratio_level="sequence", clip_eps=3e-4, clip_eps_high=4e-4, kl_weight=0.0),  # 2507.18071
     "gspo_token": Objective(ratio_level="sequence-token", clip_eps=3e-4, clip_eps_high=4e-4, kl_weight=0.0),
     "luspo": Objective(  # 2602.05261
-        clip_eps=2e-3, clip_eps_high=2.5e-3, loss_agg_mode="seq-mean-token-sum", **SEQUENCE
+        ratio_level="sequence", clip_eps=2e-3, clip_eps_high=2.5e-3, loss_agg_mode="seq-mean-token-sum", kl_weight=0.0
     ),
     "gmpo": Objective(surrogate="gmpo", clip_eps=0.4, clip_eps_high=0.4, kl_weight=0.0),  # 2507.20673
     "cispo": Objective(  # 2506.13585; no lower side, upper cap 5 (TRL's recipe)
@@ -366,7 +384,7 @@ OBJECTIVES: dict[str, Objective] = {
     "reinforce": Objective(  # Williams, 1992: the reward as it is
         advantage="raw", advantage_std="none", surrogate="reinforce", loss_agg_mode="seq-mean-token-sum", kl_weight=0.0
     ),
-    "reinforce_plus_plus": Objective(  # with baseline, 2501.03262
+    "reinforce_plus_plus_baseline": Objective(  # 2501.03262
         advantage_std="none", whiten_advantages=True, loss_agg_mode="token-mean", kl_estimator="k2"
     ),
     "gdpo": Objective(multi_objective_aggregation="normalize_then_sum", whiten_advantages=True),  # 2601.05242
@@ -401,7 +419,6 @@ def build_objective(name: str, **given: object) -> Objective:
 def contradiction(o: Objective, given: set[str]) -> str | None:
     """The sentence for a combination that means nothing, or None; `given` are the columns that replace the row's."""
     clips = o.surrogate in ("clip", "cispo", "gmpo", "dppo")
-    only_value = o.kl_estimator in ("k1", "abs", "k2", "k3", "kl", "mse", "low_var_kl")
     if {"clip_eps", "clip_eps_high"} & given and not clips:
         return f"--surrogate {o.surrogate} does not clip; leave out --clip_eps and --clip_eps_high."
     if o.clip_ratio_c is not None and o.surrogate != "clip":
@@ -412,14 +429,26 @@ def contradiction(o: Objective, given: set[str]) -> str | None:
         return f"--surrogate {o.surrogate} has no use for --ratio_level {o.ratio_level}; use token."
     if "loss_scale_factor" in given and o.loss_agg_mode != "seq-mean-token-sum-norm":
         return f"--loss_scale_factor belongs to --loss_agg_mode seq-mean-token-sum-norm, not to {o.loss_agg_mode}."
-    if o.kl_weight == 0 and {"kl_estimator", "kl_in_reward"} & given:
+    if o.kl_weight == 0 and ("kl_estimator" in given or ("kl_in_reward" in given and o.kl_in_reward)):
         return "--kl_estimator and --kl_in_reward mean nothing without a KL; give --kl_weight too, or leave them out."
-    if o.kl_in_reward and not only_value:
+    if o.kl_in_reward and o.kl_estimator not in KL_ESTIMATORS:
         return (
             f"A reward has no gradient, so --kl_estimator {o.kl_estimator} means nothing in it; use k1, k2, k3 or abs."
         )
     if o.kl_in_reward and o.multi_objective_aggregation == "normalize_then_sum":
         return "--kl_in_reward is added to the sum of the rewards, which normalize_then_sum does not use; choose one."
+    if o.advantage == "raw" and o.advantage_std != "none":
+        return (
+            "--advantage raw is not compared with anything, so it has no std to divide by; give --advantage_std none."
+        )
+    if o.advantage == "raw" and o.dynamic_sampling > 1:
+        return "--dynamic_sampling drops groups of equal rewards, from which --advantage raw does learn; leave one out."
+    if o.spreads_gradient and o.top_entropy < 1:
+        return (
+            "--top_entropy chooses tokens, and here a token's loss reaches its whole sequence; use ratio_level token."
+        )
+    if o.spreads_gradient and o.sampler_correction.startswith("token"):
+        return "--sampler_correction must be of the sequence, as the ratio is: sequence_truncate or sequence_mask."
     if o.relative_reward_weight == 0 and o.baseline_reward_weight == 0:
         return (
             "--relative_reward_weight and --baseline_reward_weight are both 0, so nothing would be learned; raise one."

@@ -66,6 +66,7 @@ class Group:
     completions: list[Completion]
     rewards: Tensor | None = None  # float32 (K, group_size), in the order of the trainer's rewards
     returns: Tensor | None = None  # float32 (group_size,): their weighted sum; NaN where nothing could score
+    idle: bool = False  # whether the rewards are all equal, so that nothing can be learned by comparing
 
 
 def train(t: Trainer, run_dir: Path) -> None:
@@ -139,11 +140,14 @@ def mark(t: Trainer, groups: list[Group]) -> list[Group]:
         t.monitor.add("rollout/tokens_right" if success else "rollout/tokens_wrong", len(completion.ids))
         if question.difficulty:
             t.monitor.add(f"rollout/success_{question.difficulty}", success)
-    returns = returns.view(len(groups), -1) - kl_penalty(t, groups)
+    returns = returns.view(len(groups), -1)
+    idle = ~has_spread(returns)  # before the KL, which differs a little from completion to completion
+    returns = returns - kl_penalty(t, groups)
     rewards = torch.stack(list(by_name.values())).view(-1, *returns.shape).transpose(0, 1)
     t.monitor.add_spread("rollout/returns", "rollout/returns_std", returns.flatten())
-    t.monitor.add("rollout/no_spread_share", (~has_spread(returns)).sum(), len(groups))
-    return [replace(g, rewards=rewards[i], returns=returns[i]) for i, g in enumerate(groups)]
+    t.monitor.add("rollout/no_spread_share", idle.sum(), len(groups))
+    scored = zip(groups, rewards, returns, idle.tolist(), strict=True)
+    return [replace(g, rewards=k, returns=r, idle=i) for g, k, r, i in scored]
 
 
 def kl_penalty(t: Trainer, groups: list[Group]) -> Tensor | float:
@@ -158,14 +162,14 @@ def kl_penalty(t: Trainer, groups: list[Group]) -> Tensor | float:
 
 
 def replace_idle(t: Trainer, groups: list[Group]) -> list[Group]:
-    """DAPO's dynamic sampling: new questions in the place of groups whose returns are all equal.
+    """DAPO's dynamic sampling: new questions in the place of groups whose rewards are all equal.
 
     In `dynamic_sampling` rollouts at the most; the idle groups stay where that was not enough.
     """
-    rounds, idle = 1, [i for i, g in enumerate(groups) if not has_spread(g.returns)]
+    rounds, idle = 1, [i for i, g in enumerate(groups) if g.idle]
     while idle and rounds < t.loss.objective.dynamic_sampling:
         rounds += 1
-        fresh = iter([g for g in mark(t, ask(t, len(idle))) if has_spread(g.returns)])
+        fresh = [g for g in mark(t, ask(t, len(idle))) if not g.idle]
         found = dict(zip(idle, fresh, strict=False))
         groups = [found.get(i, g) for i, g in enumerate(groups)]
         idle = [i for i in idle if i not in found]
@@ -353,7 +357,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     """Load and check everything that a run needs; UserError if something is missing. Writes nothing."""
     columns = {f.name: getattr(config, f.name) for f in fields(Objective)}
     loss = GRPOLoss(build_objective(config.objective, **columns))
-    print(f"objective {config.objective}: {loss.objective.summary}")
+    print(describe_objective(config, loss.objective))
     rewards = reward.load_rewards(config.reward)
     accelerator = build_accelerator(config)
     found = checkpoint.checkpoints(Path(resume)) if resume else []
@@ -384,6 +388,16 @@ def build(config: Config, resume: str | None) -> Trainer:
     return Trainer(
         config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, Monitor(), step
     )
+
+
+def describe_objective(config: Config, objective: Objective) -> str:
+    """The objective in a line, and what of it cannot show under this config."""
+    line = ": ".join(filter(None, [f"objective {config.objective}", objective.summary]))
+    if config.optimizer_steps == 1 and objective.has_own_ratio:
+        line += (
+            "\none optimizer step per rollout: every ratio is 1, so ratio_level, surrogate and clip make no difference"
+        )
+    return line
 
 
 @command

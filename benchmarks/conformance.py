@@ -36,7 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache" / "pocket-grpo" / "conformance"
-TORCH = ["torch==2.13.0", "--index-url", "https://download.pytorch.org/whl/cpu"]
+TORCH = "torch==2.13.0"  # alone and first, so that nothing else chooses another
 PEERS = ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0"]
 # What verl's losses import. All of its requirements would bring an inference engine and its own pins.
 VERL_NEEDS = ["tensordict==0.15.3", "ray==2.60.0", "omegaconf==2.3.1", "codetiming==1.4.0", "orjson==3.13.0"]
@@ -54,9 +54,8 @@ def install(folder: Path) -> None:
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
-        # macOS has no CUDA build to avoid, and the index of CPU builds does not list it
-        subprocess.run([*pip, *(TORCH if platform.system() == "Linux" else TORCH[:1])], check=True)
-        subprocess.run([*pip, TORCH[0], *PEERS, *VERL_NEEDS], check=True)
+        subprocess.run([*pip, TORCH], check=True)
+        subprocess.run([*pip, TORCH, *PEERS, *VERL_NEEDS], check=True)
         subprocess.run([*pip, "--no-deps", "verl==0.9.1"], check=True)
         done.touch()
     flags = [flag for flag in sys.argv[1:] if flag != "--install"]
@@ -471,8 +470,8 @@ def other_methods() -> Iterator[Case]:
         adv_estimator="reinforce_plus_plus_baseline", loss_agg_mode="token-mean", kl_loss_type="k2", kl_loss_coef=0.01
     )
     one = replace(BIG, one_token=True)
-    yield Case("reinforce_plus_plus", verl=plus, why_verl=tokens, draw=BIG)
-    yield Case("reinforce_plus_plus", "completions of one token", verl=plus, draw=one)
+    yield Case("reinforce_plus_plus_baseline", verl=plus, why_verl=tokens, draw=BIG)
+    yield Case("reinforce_plus_plus_baseline", "completions of one token", verl=plus, draw=one)
     apart = trl_grpo(multi_objective_aggregation="normalize_then_sum")
     gdpo = verl_grpo(adv_estimator="gdpo", **KL)
     yield Case("gdpo", trl=apart)

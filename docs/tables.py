@@ -65,9 +65,20 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def measured(family: str) -> str:
+    """The table of one family of benchmarks/ablation.py's runs."""
+    sections = (ROOT / "results" / "ablation.md").read_text(encoding="utf-8").split("## ")
+    (section,) = [s for s in sections if s.startswith(family)]
+    return section.split("\n", 1)[1].strip()
+
+
 def filled(text: str) -> str:
     """`text` with every table that this file makes put in its place."""
-    for name, make in (("files", files), ("knobs", knobs), ("methods", methods)):
+    tables = {
+        "files": files, "knobs": knobs, "methods": methods, "recipes": lambda: measured("Recipes"),
+        "ablations": lambda: measured("Ablations"),
+    }  # fmt: skip
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         text = pattern.sub(lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text)
     return text

@@ -293,7 +293,7 @@ ROWS = {
     "dppo": Paper(term=dppo(0.15, 0.15), **TOKENS),
     "rloo": Paper(compare=against_others, divide="none", term=reinforce, **SUMS),  # its KL is in the reward
     "reinforce": Paper(compare=as_it_is, divide="none", term=reinforce, **SUMS),
-    "reinforce_plus_plus": Paper(divide="none", whiten=True, mean="token-mean", kl="k2"),
+    "reinforce_plus_plus_baseline": Paper(divide="none", whiten=True, mean="token-mean", kl="k2"),
     "gdpo": Paper(each_reward=True, whiten=True),
     "pass_at_k": Paper(compare=gain_in_maximum, divide="none", beta=0.0),
 }
@@ -333,11 +333,15 @@ CASES |= {
     f"{a}, std {s}": choice("grpo", {"advantage": a, "advantage_std": s}, compare=ADVANTAGES[a], divide=s)
     for a in ADVANTAGES
     for s in ("group", "batch", "none")
+    if a != "raw" or s == "none"
 }
 CASES |= {f"KL {k}": choice("dapo", {"kl_weight": 0.3, "kl_estimator": k}, kl=k, beta=0.3) for k in KL}
 CASES |= {f"mean {m}": choice("gspo", {"loss_agg_mode": m}, mean=m) for m in MEANS}
 CASES |= {
-    f"{s} of {row}": choice(row, {"sampler_correction": s}, sampler=s) for s in SAMPLERS for row in ("grpo", "gspo")
+    f"{s} of {row}": choice(row, {"sampler_correction": s}, sampler=s)
+    for s in SAMPLERS
+    for row in ("grpo", "gspo")
+    if row == "grpo" or s.startswith("sequence")
 }
 
 
@@ -623,6 +627,10 @@ REFUSED = [
     ("grpo", {"kl_in_reward": True, "kl_estimator": "k3+"}, "kl_estimator k3. means nothing in it", {"kl_estimator": "k3"}),
     ("gdpo", {"kl_in_reward": True}, "normalize_then_sum does not use", {"kl_in_reward": False}),
     ("grpo", {"relative_reward_weight": 0.0}, "nothing would be learned", {"baseline_reward_weight": 1.0}),
+    ("grpo", {"advantage": "raw"}, "no std to divide by", {"advantage_std": "none"}),
+    ("reinforce", {"dynamic_sampling": 5}, "does learn", {"advantage": "group"}),
+    ("gspo", {"top_entropy": 0.2}, "reaches its whole sequence", {"ratio_level": "sequence-token"}),
+    ("gmpo", {"sampler_correction": "token_mask"}, "must be of the sequence", {"sampler_correction": "sequence_mask"}),
     ("grpo", {"sampler_cap": 2.0}, "belongs to --sampler_correction", {"sampler_correction": "token_mask"}),
 ]  # fmt: skip
 # More ways to the same sentences, and their neighbours.

@@ -24,9 +24,10 @@ CHOICES = [
 ]
 
 
-def step_gradient(t, size):
-    """The gradient of one optimizer step in micro-batches of `size`, on data that a slightly other policy sampled."""
-    buffer = train.ReplayBuffer()
+@pytest.mark.parametrize("flags", CHOICES, ids=" ".join)
+def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flags):
+    """One optimizer step on data that a slightly other policy sampled, in micro-batches of 3 and all at once."""
+    t, buffer = build(tmp_path, "--epochs_per_step=2", "--max_norm=1e9", *flags), train.ReplayBuffer()
     train.seed_step(t.config.seed, 1)
     groups = train.mark(t, train.ask(t, t.config.rollouts_per_step))
     train.remember(t, buffer, groups, train.compare(t, groups))
@@ -35,17 +36,11 @@ def step_gradient(t, size):
         for p in t.model.parameters():
             p += 0.003 * torch.randn_like(p)
     found = []
-    t.optimizer.step = lambda: found.extend(p.grad.clone().flatten() for p in t.model.parameters())
-    object.__setattr__(t.config, "micro_batch_size", size)
-    assert train.optimizer_step(t, buffer.items)
-    return torch.cat(found)
-
-
-@pytest.mark.parametrize("flags", CHOICES, ids=" ".join)
-def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flags):
-    flags = ["--epochs_per_step=2", "--max_norm=1e9", *flags]
-    full = step_gradient(build(tmp_path / "full", *flags), 100)
-    part = step_gradient(build(tmp_path / "part", *flags), 3)
+    t.optimizer.step = lambda: found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
+    for size in (100, 3):
+        object.__setattr__(t.config, "micro_batch_size", size)
+        assert train.optimizer_step(t, buffer.items)
+    full, part = found
     assert full.norm() > 0
     assert (part - full).norm() / full.norm() <= 1e-5
 
@@ -54,7 +49,8 @@ def test_dynamic_sampling_replaces_the_groups_without_spread(tmp_path):
     t = build(tmp_path, "--objective=dapo", "--rollouts_per_step=12", "--group_size=2")
     train.seed_step(t.config.seed, 1)
     first = train.mark(t, train.ask(t, 12))
-    kept = [i for i, g in enumerate(first) if has_spread(g.returns)]
+    kept = [i for i, g in enumerate(first) if not g.idle]
+    assert [g.idle for g in first] == [not has_spread(g.returns) for g in first]
     assert 0 < len(kept) < 12, "some groups of two must be without spread, or nothing is replaced here"
     groups = train.replace_idle(t, first)
     assert len(groups) == 12 and all(has_spread(g.returns) for g in groups)
