@@ -9,7 +9,7 @@ A checkpoint is written beside its place and renamed, so it is whole or absent.
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class TrainerState:
     step: int  # steps finished
     position: int  # questions taken
     optimizer: dict[str, Any]
-    loss: dict[str, Any]  # the adaptive entropy bonus
+    loss: dict[str, Any] = field(default_factory=dict)  # the adaptive entropy bonus
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, model: nn.Module, tokenizer: Any, config: Config) -> Path:

@@ -467,14 +467,15 @@ class GRPOLoss(nn.Module):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
-        self.register_buffer("entropy_weight", torch.tensor(objective.entropy_weight))
-        self.register_buffer("last_entropy", torch.tensor(torch.inf))  # none yet
+        adaptive = objective.entropy_target is not None
+        self.register_buffer("entropy_weight", torch.tensor(objective.entropy_weight), persistent=adaptive)
+        self.register_buffer("last_entropy", torch.tensor(torch.inf), persistent=adaptive)  # none yet
 
     def adapt(self, entropy: float) -> None:
         """After a step: move the bonus towards the target (Skywork-OR1, arXiv 2505.22312; as TRL does)."""
         if self.objective.entropy_target is not None:
             step = ENTROPY_STEP if entropy <= self.objective.entropy_target else -ENTROPY_STEP
-            self.entropy_weight.add_(step).clamp_(0.0, 1.0)
+            self.entropy_weight.add_(step).clamp_(0.0, max(1.0, self.objective.entropy_weight))
             self.last_entropy.fill_(entropy)
 
     @property
@@ -515,8 +516,10 @@ class GRPOLoss(nn.Module):
         if experience.policy_mask is not None:
             per_token = per_token * experience.policy_mask
         if o.kl_in_loss:
-            ref = torch.where(mask, experience.log_probs_ref, now)
-            kl = exact_kl if o.kl_estimator == "full" else approx_kl_divergence(log_probs, ref, o.kl_estimator, ratio)
+            kl = exact_kl
+            if o.kl_estimator != "full":
+                ref = torch.where(mask, experience.log_probs_ref, now)
+                kl = approx_kl_divergence(log_probs, ref, o.kl_estimator, ratio)
             per_token = per_token + o.kl_weight * kl
             watched["train/kl_divergence"] = kl
         if self.entropy_bonus:

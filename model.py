@@ -21,6 +21,7 @@ from replay_buffer import Experience, pad_batch
 
 # The largest piece of fp32 logits that is alive at a time, in numbers: 64 MB.
 LOGITS_AT_A_TIME = 2**24
+LOWEST_LOGIT = -1e30  # a masked token's; with −inf the entropy and its gradient would have 0 × inf
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -149,14 +150,17 @@ def token_log_probs(
     never alive. Without a reference the KL is 0.
     """
 
+    def scaled(logits: Tensor) -> Tensor:
+        return (logits.float() / temperature).clamp(min=LOWEST_LOGIT)
+
     def piece(logits: Tensor, tokens: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        logits = logits.float() / temperature
+        logits = scaled(logits)
         normalizer = logits.logsumexp(-1)
         probs = torch.softmax(logits, -1)
         entropy = normalizer - (probs * logits).sum(-1)
         kl = torch.zeros_like(entropy)
         if others is not None:
-            kl = -entropy - (probs * torch.log_softmax(others.float() / temperature, -1)).sum(-1)
+            kl = -entropy - (probs * torch.log_softmax(scaled(others), -1)).sum(-1)
         return logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer, entropy, kl
 
     rows = max(1, LOGITS_AT_A_TIME // logits.shape[-1])

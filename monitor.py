@@ -20,8 +20,8 @@ from tqdm import tqdm
 GLOSSARY = {
     "train/loss": "The loss. With the paper's mean over sequences and one optimizer step per rollout it is near 0 (plus"
     " kl_weight × KL) at every step, because the advantages of a group add up to 0: watch the returns, not this.",
-    "train/kl_divergence": "How far the policy has moved from the reference, nats per token (k3). Healthy: below "
-    "0.1. If it runs away: raise kl_weight or lower lr.",
+    "train/kl_divergence": "How far the policy has moved from the reference, nats per token, by the objective's "
+    "kl_estimator. Healthy: below 0.1. If it runs away: raise kl_weight or lower lr.",
     "train/grad_norm": "Norm of the gradient before clipping to max_norm. Single spikes are normal, a steady rise not.",
     "train/ratio_mean": "Mean of new/old probability of the trained tokens (without a KL, completions whose "
     "advantage is 0 are not trained, nor counted in the metrics of train/). Healthy: within a few percent of 1.",
@@ -33,8 +33,10 @@ GLOSSARY = {
     "own, nats. Healthy: rounding (1e-5 in fp32, 0.01 in bf16). More: sampler and trainer disagree.",
     "train/lr": "The learning rate.",
     "train/skipped_steps": "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0.",
-    "rollout/returns": "Mean reward of the sampled completions: the curve that should rise.",
-    "rollout/returns_std": "Standard deviation of the rewards over the whole rollout.",
+    "rollout/returns": "Mean reward of the sampled completions (less the KL, with kl_in_reward): the curve that should "
+    "rise.",
+    "rollout/returns_std": "Standard deviation of the rewards over the whole rollout (with dynamic sampling: the mean "
+    "over its rollouts).",
     "rollout/success_rate": "Share of sampled completions whose <answer> is right (training questions, sampled).",
     "rollout/success_easy": "The same on the third of the questions with the fewest solution steps.",
     "rollout/success_middle": "The same on the middle third.",
@@ -144,16 +146,16 @@ class Monitor:
         values = values[~values.isnan()]
         if len(values):
             self.add(mean_name, values.sum(), len(values))
-            self.add(std_name, values.std(correction=0))
+            self.add(std_name, values.std(correction=0) * len(values), len(values))
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Time a block, to the end of its work on the GPU."""
+        """Time a block, to the end of its work on the GPU; the blocks of a step add up."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.add(name, time.perf_counter() - start)
+        self.add(name, time.perf_counter() - start, count=0 if name in self.sums else 1)
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """A page of text in TensorBoard."""

@@ -141,9 +141,11 @@ def mark(t: Trainer, groups: list[Group]) -> list[Group]:
         if question.difficulty:
             t.monitor.add(f"rollout/success_{question.difficulty}", success)
     returns = returns.view(len(groups), -1)
-    idle = ~has_spread(returns)  # before the KL, which differs a little from completion to completion
-    returns = returns - kl_penalty(t, groups)
     rewards = torch.stack(list(by_name.values())).view(-1, *returns.shape).transpose(0, 1)
+    # Before the KL is subtracted, which differs a little from completion to completion.
+    apart = t.loss.objective.multi_objective_aggregation == "normalize_then_sum"
+    idle = ~has_spread(rewards if apart else returns[:, None]).any(-1)
+    returns = returns - kl_penalty(t, groups)
     t.monitor.add_spread("rollout/returns", "rollout/returns_std", returns.flatten())
     t.monitor.add("rollout/no_spread_share", idle.sum(), len(groups))
     scored = zip(groups, rewards, returns, idle.tolist(), strict=True)
@@ -156,7 +158,9 @@ def kl_penalty(t: Trainer, groups: list[Group]) -> Tensor | float:
     if not (o.kl_in_reward and o.kl_weight):
         return 0.0
     flat = [Experience.of(g.question.prompt_ids, c.ids, 0.0, 0.0) for g in groups for c in g.completions]
-    kl = [approx_kl_divergence(e.action_log_probs, e.log_probs_ref, o.kl_estimator) for e in recall(t, flat, old=True)]
+    with t.monitor.time("time/log_probs"):
+        known = recall(t, flat, old=True, ref=True)
+    kl = [approx_kl_divergence(e.action_log_probs, e.log_probs_ref, o.kl_estimator) for e in known]
     t.monitor.add("train/kl_divergence", torch.cat(kl).sum(), sum(map(len, kl)))
     return o.kl_weight * torch.stack([k.sum() for k in kl]).view(len(groups), -1)
 
@@ -204,36 +208,37 @@ def remember(t: Trainer, replay_buffer: ReplayBuffer, groups: list[Group], advan
         if not r.isnan() and not (o.mask_truncated and c.truncated)
     ]
     with t.monitor.time("time/log_probs"):
-        ready = recall(t, fresh, old=t.config.optimizer_steps > 1, high_entropy=o.top_entropy)
+        ref = o.kl_in_loss and o.kl_estimator != "full"  # that one asks the reference again, in the update
+        ready = recall(t, fresh, old=t.config.optimizer_steps > 1, ref=ref, top_entropy=o.top_entropy)
     replay_buffer.clear()
     for experience in ready:
         replay_buffer.append(experience)
 
 
 @torch.no_grad()
-def recall(t: Trainer, fresh: list[Experience], old: bool, high_entropy: float = 1.0) -> list[Experience]:
-    """The experiences with what the reference, and if `old` the policy as it is now, say of their tokens.
+def recall(t: Trainer, fresh: list[Experience], old: bool, ref: bool, top_entropy: float = 1.0) -> list[Experience]:
+    """The experiences with what the policy as it is now (`old`) and the reference (`ref`) say of their tokens.
 
-    `high_entropy` below 1: with policy_mask on that share of all their tokens, those of the highest entropy
+    `top_entropy` below 1: with policy_mask on that share of all their tokens, those of the highest entropy
     (arXiv 2506.01939). The entropies are those of the policy that sampled, so micro-batches do not matter.
     """
     ready, entropies = [], []
     for items in batches(fresh, t.config.micro_batch_size):
         batch = pad_batch(items).to(t.accelerator.device)
-        policy = t.policy(batch) if old or high_entropy < 1 else None
-        ref = t.reference(batch)[0].cpu() if t.reference is not None else None
+        policy = [x.cpu() for x in t.policy(batch)] if old or top_entropy < 1 else []
+        log_probs_ref = t.reference(batch)[0].cpu() if ref else None
         for i, item in enumerate(items):
             n = item.num_actions
             if old:
-                item = replace(item, action_log_probs=policy[0][i, :n].cpu())
-            if ref is not None:
-                item = replace(item, log_probs_ref=ref[i, :n])
-            if high_entropy < 1:
-                entropies.append(policy[1][i, :n].cpu())
+                item = replace(item, action_log_probs=policy[0][i, :n])
+            if ref:
+                item = replace(item, log_probs_ref=log_probs_ref[i, :n])
+            if top_entropy < 1:
+                entropies.append(policy[1][i, :n])
             ready.append(item)
-    if high_entropy < 1 and ready:
+    if top_entropy < 1 and ready:
         ranked = torch.cat(entropies).sort(descending=True).values
-        threshold = ranked[max(1, round(high_entropy * len(ranked))) - 1]
+        threshold = ranked[max(1, round(top_entropy * len(ranked))) - 1]
         ready = [replace(e, policy_mask=h >= threshold) for e, h in zip(ready, entropies, strict=True)]
     return ready
 
@@ -379,7 +384,7 @@ def build(config: Config, resume: str | None) -> Trainer:
         reference = Policy(reference.requires_grad_(False), config.temperature)
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     if state:
-        loss.load_state_dict(state.loss)
+        loss.load_state_dict(state.loss, strict=False)  # only an adaptive entropy bonus has a state
         optimizer.load_state_dict(state.optimizer)
         for group in optimizer.param_groups:  # a state brings its own; the knob may have been changed
             group["weight_decay"] = config.weight_decay

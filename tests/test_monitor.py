@@ -32,7 +32,7 @@ def test_the_tutorials_names_are_there():
 
 
 def test_tensorboard_of_a_run(tiny_run):
-    folder = tiny_run("a", "--kl_weight=0.01", "--steps=2", "--eval_samples=2")
+    folder = tiny_run("a", "--kl_weight=0.01", "--steps=2", "--eval_samples=2", "--dynamic_sampling=2")
     log = EventAccumulator(str(folder))
     log.Reload()
     tags = set(log.Tags()["scalars"]) | set(log.Tags()["tensors"])

@@ -60,6 +60,9 @@ def test_dynamic_sampling_replaces_the_groups_without_spread(tmp_path):
     row = t.monitor.flush(1, 1)
     assert row["rollout/rounds"] > 1 and row["rollout/idle_groups"] == 0
     assert t.questions.position >= 24 - len(kept)
+    with t.monitor.time("time/rollout"), t.monitor.time("time/rollout"):
+        pass
+    assert t.monitor.sums["time/rollout"][1] == 1, "the rollouts of a step add up"
 
 
 def test_dynamic_sampling_is_bounded(tmp_path):
@@ -75,6 +78,32 @@ def test_dynamic_sampling_is_bounded(tmp_path):
     assert row["rollout/rounds"] == 3 and row["rollout/idle_groups"] == 4 and row["rollout/no_spread_share"] == 1
 
 
+def test_dynamic_sampling_asks_for_as_many_as_are_missing(tmp_path, monkeypatch):
+    """Of 4 groups 3 are idle, then 1, then none: 4 + 3 + 1 questions; found groups take the places in order."""
+    t = build(tmp_path, "--dynamic_sampling=9", "--rollouts_per_step=4", "--group_size=6")
+    spread = iter([0, 1, 0, 0, 1, 0, 1, 1])
+    real = train.mark
+    monkeypatch.setattr(
+        train, "mark", lambda t, groups: [train.replace(g, idle=not next(spread)) for g in real(t, groups)]
+    )
+    groups = train.replace_idle(t, train.mark(t, train.ask(t, 4)))
+    assert t.questions.position == 8 and not any(g.idle for g in groups)
+    again = train.QuestionStream(t.questions.questions, t.config.seed).take(8)
+    assert [g.question.question for g in groups] == [again[i].question for i in (4, 1, 6, 7)]
+
+
+def test_idle_is_decided_before_the_kl(tmp_path):
+    """A KL differs from completion to completion, so after it no two rewards are equal."""
+    (tmp_path / "same.py").write_text(
+        "def same(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    t = build(tmp_path / "run", "--objective=rloo", f"--reward={tmp_path}/same.py:same")
+    with torch.no_grad():
+        next(t.model.parameters()).mul_(1.01)
+    groups = train.mark(t, train.ask(t, 2))
+    assert all(g.idle and has_spread(g.returns) for g in groups)
+
+
 def test_truncated_completions_are_compared_but_not_trained_on(tmp_path):
     t = build(tmp_path, "--mask_truncated=true", "--max_new_tokens=10")
     groups = train.mark(t, train.ask(t, 3))
@@ -87,6 +116,17 @@ def test_truncated_completions_are_compared_but_not_trained_on(tmp_path):
     expected = [a for g, row in zip(groups, advantages, strict=True) for c, a in zip(g.completions, row, strict=True)
                 if not c.truncated]  # fmt: skip
     assert [e.advantages for e in buffer.items] == expected
+    row = t.monitor.flush(1, 1)
+    for name, right in (("rollout/tokens_right", True), ("rollout/tokens_wrong", False)):
+        lengths = [
+            len(c.ids) for g in groups for c in g.completions if is_correct(c.text, g.question.reference) == right
+        ]
+        assert row.get(name, 0) == pytest.approx(sum(lengths) / max(1, len(lengths)))
+    assert "rollout/rounds" not in row and "rollout/idle_groups" not in row
+
+    everything = build(tmp_path / "all", "--max_new_tokens=10")
+    train.remember(everything, buffer, groups, advantages)
+    assert len(buffer.items) == cut + whole
 
 
 def test_nothing_left_to_train_on_moves_nothing(tmp_path):
@@ -108,6 +148,46 @@ def test_what_cannot_be_scored_is_in_no_mean(tmp_path):
     groups, buffer = train.mark(t, train.ask(t, 3)), train.ReplayBuffer()
     train.remember(t, buffer, groups, train.compare(t, groups))
     assert len(buffer.items) == 16
+    assert t.monitor.flush(1, 1)["rollout/group_baseline"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_several_rewards_keep_their_weights(tmp_path):
+    """GDPO: each reward compared in its group, then added up with its own weight, then whitened."""
+    t = build(tmp_path, "--objective=gdpo", "--reward", "accuracy", "length_penalty", "--reward_weights", "1", "0.3")
+    groups = train.mark(t, train.ask(t, 3))
+    for g in groups:
+        penalties = [-len(c.ids) / 48 for c in g.completions]
+        assert g.rewards[1].tolist() == pytest.approx(penalties)
+        assert g.rewards[0].tolist() == [is_correct(c.text, g.question.reference) for c in g.completions]
+    table = torch.stack([g.rewards for g in groups]).double()  # (Q, K, G)
+    centred = table - table.mean(-1, keepdim=True)
+    relative = centred / (table.std(-1, keepdim=True) + 1e-4)
+    total = relative[:, 0] + 0.3 * relative[:, 1]
+    expected = (total - total.mean()) / (total.std() + 1e-4)
+    torch.testing.assert_close(train.compare(t, groups).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_overlong_penalty_knows_the_budget(tmp_path):
+    """The last fifth of 10 tokens: whoever used all of them pays 1, nine of them one half."""
+    t = build(tmp_path, "--reward=soft_overlong", "--max_new_tokens=10")
+    groups = train.mark(t, train.ask(t, 3))
+    paid = {len(c.ids): float(r) for g in groups for c, r in zip(g.completions, g.returns, strict=True)}
+    assert paid[10] == -1.0 and all(r == -max(0, n - 8) / 2 for n, r in paid.items())
+
+
+def test_the_constant_normaliser_scales_the_loss(tmp_path):
+    """dr_grpo divides by loss_scale_factor, and by max_new_tokens without one."""
+    losses = {}
+    for factor in (None, 48, 96):
+        flags = [f"--loss_scale_factor={factor}"] if factor else []
+        t, buffer = build(tmp_path / str(factor), "--objective=dr_grpo", *flags), train.ReplayBuffer()
+        train.seed_step(1, 1)
+        groups = train.mark(t, train.ask(t, 3))
+        train.remember(t, buffer, groups, train.compare(t, groups))
+        train.learn(t, buffer, 1, torch.Generator().manual_seed(0))
+        losses[factor] = t.monitor.flush(1, 1)["train/loss"]
+    assert losses[48] == losses[None] != 0
+    assert losses[48] == pytest.approx(2 * losses[96])
 
 
 def log_probs_alone(model, prompt, completion):
@@ -117,19 +197,25 @@ def log_probs_alone(model, prompt, completion):
 
 
 @torch.no_grad()
-def test_kl_in_the_reward(tmp_path):
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_kl_in_the_reward(tmp_path, estimator):
     """R − β Σ_t KL_t, one sequence at a time; and the loss has no KL of its own."""
-    t = build(tmp_path, "--objective=rloo", "--kl_weight=0.5")
+    t = build(tmp_path, "--objective=rloo", "--kl_weight=0.5", f"--kl_estimator={estimator}")
+    total, tokens = 0.0, 0
     torch.manual_seed(3)
     for p in t.model.parameters():
         p += 0.01 * torch.randn_like(p)
     for g in train.mark(t, train.ask(t, 3)):
         for c, r in zip(g.completions, g.returns, strict=True):
             prompt, right = g.question.prompt_ids, is_correct(c.text, g.question.reference)
-            kl = (log_probs_alone(t.model, prompt, c.ids) - log_probs_alone(t.reference.model, prompt, c.ids)).sum()
+            d = log_probs_alone(t.model, prompt, c.ids) - log_probs_alone(t.reference.model, prompt, c.ids)
+            kl = (d if estimator == "k1" else torch.exp(-d) + d - 1).sum()
+            total, tokens = total + float(kl), tokens + len(c.ids)
             assert kl.abs() > 1e-3
             assert float(r) == pytest.approx(right - 0.5 * float(kl), abs=1e-4)
-    assert t.loss.objective.kl_in_loss is False and "train/kl_divergence" in t.monitor.sums
+    row = t.monitor.sums["train/kl_divergence"]
+    assert row[0] / row[1] == pytest.approx(total / tokens, rel=1e-3)
+    assert t.loss.objective.kl_in_loss is False
 
 
 @torch.no_grad()
@@ -172,16 +258,55 @@ def test_the_tokens_of_highest_entropy(tmp_path):
     chosen = torch.cat([e.policy_mask for e in buffer.items])
     assert 0.25 * len(chosen) - 1 <= chosen.sum() <= 0.3 * len(chosen), "a quarter, and what is equal to its last"
     assert entropies[chosen].min() >= entropies[~chosen].max() - 1e-5
+    one = train.recall(t, buffer.items[:1], old=False, ref=False, top_entropy=0.01)
+    assert one[0].policy_mask.sum() == 1, "never none"
+
+
+def test_the_gradient_of_the_exact_kl_and_of_the_entropy(tmp_path):
+    """A whole optimizer step with `full`, against one completion at a time with all its logits; so is its entropy."""
+    flags = ["--kl_weight=0.3", "--kl_estimator=full", "--entropy_weight=0.2", "--temperature=0.8", "--max_norm=1e9"]
+    t, buffer = build(tmp_path, *flags, "--micro_batch_size=5"), train.ReplayBuffer()
+    groups = train.mark(t, train.ask(t, 3))
+    advantages = train.compare(t, groups)
+    train.remember(t, buffer, groups, advantages)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in t.model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    found = []
+    t.optimizer.step = lambda: found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
+    assert train.optimizer_step(t, buffer.items)
+    total, kls, entropies = 0.0, [], []
+    for g, row in zip(groups, advantages, strict=True):
+        for c, a in zip(g.completions, row, strict=True):
+            ids, start = torch.tensor([g.question.prompt_ids + c.ids]), len(g.question.prompt_ids) - 1
+            rows = torch.log_softmax(t.model(ids).logits[0, start:-1] / 0.8, -1)
+            with torch.no_grad():
+                others = torch.log_softmax(t.reference.model(ids).logits[0, start:-1] / 0.8, -1)
+            x = rows.gather(-1, torch.tensor(c.ids)[:, None])[:, 0]
+            kl, entropy = (rows.exp() * (rows - others)).sum(-1), -(rows.exp() * rows).sum(-1)
+            total = total + (-torch.exp(x - x.detach()) * a + 0.3 * kl - 0.2 * entropy).mean() / 24
+            kls.append(kl.detach())
+            entropies.append(entropy.detach())
+    total.backward()
+    plain = torch.cat([p.grad.flatten() for p in t.model.parameters()])
+    assert (found[0] - plain).norm() / plain.norm() < 1e-4
+    row = t.monitor.flush(1, 1)
+    assert row["train/kl_divergence"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-3)
+    assert row["train/entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-3)
+    assert row["train/loss"] == pytest.approx(float(total), rel=1e-3)
 
 
 def test_exact_kl_and_entropy_over_the_vocabulary(monkeypatch):
     """Values and gradients of the pieces against torch.distributions, on the whole."""
     monkeypatch.setattr("model.LOGITS_AT_A_TIME", 40)
     torch.manual_seed(0)
-    logits, others = torch.randn(7, 11, requires_grad=True), torch.randn(7, 11)
-    tokens, weights = torch.randint(11, (7,)), torch.randn(3, 7)
+    logits, others = torch.randn(7, 11), torch.randn(7, 11)
+    logits[:, 10], others[:, 10] = torch.finfo(torch.bfloat16).min, -torch.inf  # a token that the model never says
+    logits.requires_grad_()
+    tokens, weights = torch.randint(10, (7,)), torch.randn(3, 7)
     found = token_log_probs(logits, tokens, 0.7, others)
-    policy, reference = (torch.distributions.Categorical(logits=x / 0.7) for x in (logits, others))
+    policy, reference = (torch.distributions.Categorical(logits=x[:, :10] / 0.7) for x in (logits, others))
     expected = policy.log_prob(tokens), policy.entropy(), torch.distributions.kl_divergence(policy, reference)
     for a, b, w in zip(found, expected, weights, strict=True):
         torch.testing.assert_close(a, b)

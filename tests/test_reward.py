@@ -102,7 +102,7 @@ def test_soft_overlong_is_the_papers_line():
 
 
 def test_repetition_counts_runs_of_three_words():
-    texts = ["a b c d", "a b c a b c", "one two three " * 10, "too short", ""]
+    texts = ["a b c d", "a b c A B C", "one two three " * 10, "too short", ""]
     found = ask(repetition, texts, [""] * 5)
     assert found == pytest.approx([0.0, 3 / 4 - 1, 3 / 28 - 1, 0.0, 0.0])
 

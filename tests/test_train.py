@@ -175,6 +175,15 @@ def test_a_changed_weight_decay_is_used_after_resume(tiny_run):
     assert [g["weight_decay"] for g in t.optimizer.param_groups] == [0.5] and t.start_step == 2
 
 
+def test_a_changed_entropy_bonus_is_used_after_resume(tiny_run, monkeypatch):
+    run = tiny_run("run", "--steps=2")
+    bonuses = []
+    real = train.train
+    monkeypatch.setattr(train, "train", lambda t, folder: bonuses.append(t.loss.entropy_bonus) or real(t, folder))
+    tiny_run("run", f"--resume={run}", "--steps=3", "--entropy_weight=0.2")
+    assert bonuses == [pytest.approx(0.2)]
+
+
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -214,7 +223,7 @@ def test_checkpoints_are_hugging_face_folders(tiny_run):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     """Fault 20: with a finite loss and a NaN gradient, clipping spreads the NaN into every weight."""
-    t = build(tmp_path, "--train_batch_size=12", "--micro_batch_size=12")
+    t = build(tmp_path, "--train_batch_size=12", "--micro_batch_size=12", "--entropy_weight=0.1", "--entropy_target=9")
     buffer = train.ReplayBuffer()
     one_rollout(t, buffer)
     before = [p.clone() for p in t.model.parameters()]
@@ -228,6 +237,7 @@ def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
     row = t.monitor.flush(1, 1)
     assert row["train/skipped_steps"] == 2 and "train/loss" not in row
+    assert float(t.loss.entropy_weight) == pytest.approx(0.1), "nor does the entropy bonus move"
 
 
 def test_each_step_draws_numbers_of_its_own():
