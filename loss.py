@@ -505,10 +505,10 @@ class GRPOLoss(nn.Module):
         old = now if experience.action_log_probs is None else torch.where(mask, experience.action_log_probs, now)
         per_token = policy_term(log_probs, old, advantages, mask, o)
         ratio = bounded_exp(log_probs - old)
-        watched = {
-            "train/ratio_mean": ratio,
-            "train/clipped_share": taught_nothing(now, old, advantages, mask, o).float(),
-        }
+        clipped = torch.zeros_like(mask)  # on-policy every ratio is 1, and nothing is
+        if experience.action_log_probs is not None:
+            clipped = taught_nothing(now, old, advantages, mask, o)
+        watched = {"train/ratio_mean": ratio, "train/clipped_share": clipped.float()}
         if experience.sampler_log_probs is not None:
             watched["train/sampler_gap"] = (old - experience.sampler_log_probs).abs()
             if o.sampler_correction != "none":
