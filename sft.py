@@ -65,7 +65,7 @@ def fit(
         total = 0.0
         for chosen in batches(list(zip(examples, weights, strict=True)), config.micro_batch_size):
             batch = pad_batch([e for e, _ in chosen]).to(accelerator.device)
-            log_probs, _ = policy(batch)
+            log_probs, *_ = policy(batch)
             per_sequence = torch.where(batch.action_mask, log_probs, 0.0).sum(-1)
             loss = -(torch.stack([w for _, w in chosen]).to(accelerator.device) * per_sequence).sum()
             accelerator.backward(loss)
