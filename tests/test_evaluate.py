@@ -83,6 +83,6 @@ def test_sft_teaches_the_datasets_own_solutions(tmp_path, capsys):
     assert (batch.sequences[0] == tokenizer.eos_token_id).any(), "it learns to stop"
     losses = []
     for name in ("tiny/model", str(folder / "model")):
-        log_probs, _ = sft.Policy(load_model(name, "fp32"), 1.0)(batch)
+        log_probs, *_ = sft.Policy(load_model(name, "fp32"), 1.0)(batch)
         losses.append(-float(log_probs.detach()[batch.action_mask].mean()))
     assert losses[1] < 0.8 * losses[0], losses
