@@ -356,16 +356,17 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
         raise UserError(f"{file} was made from the preset {settings['preset']}; leave out --preset {preset}.")
     if not file:
         settings = PRESETS[choose(preset, PRESETS, "preset")]
-        if "objective" in given:  # the whole row, also where the preset has a choice of its own
-            settings = {k: v for k, v in settings.items() if k not in COLUMNS}
     elif not resume:
         settings.pop("run_dir", None)  # a re-run gets a folder of its own
+    if given.get("objective", settings.get("objective")) != settings.get("objective"):
+        settings = {k: v for k, v in settings.items() if k not in COLUMNS}  # another row, and the whole of it
     names = {f.name for f in dataclasses.fields(Config)}
     flags = {name: value for name, value in given.items() if name in names}
     config = Config(**{**settings, "preset": preset, **flags})
     for name, value in flags.items():
         if resume and name != "run_dir" and settings.get(name, value) != value:
-            print(f"changed on resume: {name} from {settings[name]} to {value}")
+            before = "the objective's own" if settings[name] is None else settings[name]
+            print(f"changed on resume: {name} from {before} to {value}")
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
 
 

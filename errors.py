@@ -17,7 +17,7 @@ def choose(name: str, options: Iterable[str], what: str) -> str:
     options = list(options)
     if name in options:
         return name
-    near = difflib.get_close_matches(name, options, n=1)
+    near = difflib.get_close_matches(name.lower(), options, n=1)
     every = f"choose one of: {', '.join(options)}." if len(options) <= MOST_SHOWN or not near else ""
     guess = f"did you mean {near[0]}?" if near else ""
     raise UserError(" ".join(filter(None, [f"There is no {what} {name!r};", guess, every])))

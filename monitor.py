@@ -26,11 +26,12 @@ GLOSSARY = {
     "train/ratio_mean": "Mean of new/old probability of the trained tokens (without a KL, completions whose "
     "advantage is 0 are not trained, nor counted in the metrics of train/). Healthy: within a few percent of 1.",
     "train/clipped_share": "Share of tokens whose ratio was clipped and which taught nothing. Healthy: below 0.3; "
-    "above that, lower lr or epochs_per_step. Always 0 with one optimizer step per rollout.",
+    "above that, lower lr or epochs_per_step (not gspo and luspo, whose narrow clip takes most tokens by design). "
+    "Always 0 with one optimizer step per rollout.",
     "train/entropy": "Mean entropy of the trained tokens' distributions, nats. A slow fall is learning; a drop to 0 is "
     "collapse.",
     "train/sampler_gap": "Mean distance between the log-probability that a token was sampled with and the trainer's "
-    "own, nats. Healthy: rounding (1e-5 in fp32, 0.01 in bf16). More: sampler and trainer disagree.",
+    "own, nats. Healthy: rounding (1e-6 in fp32, a few hundredths in bf16). More: sampler and trainer disagree.",
     "train/lr": "The learning rate.",
     "train/skipped_steps": "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0.",
     "rollout/returns": "Mean reward of the sampled completions (less the KL, with kl_in_reward): the curve that should "
@@ -42,6 +43,8 @@ GLOSSARY = {
     "rollout/success_middle": "The same on the middle third.",
     "rollout/success_hard": "The same on the third with the most solution steps.",
     "rollout/completion_tokens": "Mean length of the completions, end token included.",
+    "rollout/entropy": "Entropy of the sampler over all sampled tokens, nats: minus their mean log-probability. Unlike "
+    "train/entropy it does not depend on which completions are trained.",
     "rollout/tokens_right": "Mean length of the completions that are right.",
     "rollout/tokens_wrong": "Mean length of those that are not. Growing while the right ones do not: the length bias.",
     "rollout/rounds": "Rollouts that dynamic sampling made in this step; the completions of each are paid for.",
@@ -51,7 +54,7 @@ GLOSSARY = {
     "questions are too hard, too easy, or the reward too coarse.",
     "rollout/group_baseline_std": "Spread of the groups' mean rewards: how much the questions differ in difficulty.",
     "rollout/group_baseline": "Mean over groups of the group's mean reward, which each completion is compared with.",
-    "rollout/advantage_mean": "Mean advantage. 0 by construction.",
+    "rollout/advantage_mean": "Mean advantage. 0 by construction where rewards are compared with their group's mean.",
     "rollout/advantage_std": "Standard deviation of the advantages. Near 1 when divided by the group's std; lower by "
     "the groups without spread.",
     "eval/accuracy": "Greedy accuracy on held-out questions, strict: the <answer> tag holds the reference.",
@@ -206,6 +209,7 @@ def peak_memory_gb() -> float:
 CONSOLE = [
     ("reward", "rollout/returns", ".3f"), ("success", "rollout/success_rate", ".3f"),
     ("tokens", "rollout/completion_tokens", ".1f"), ("no spread", "rollout/no_spread_share", ".2f"),
+    ("rounds", "rollout/rounds", ".0f"), ("clipped", "train/clipped_share", ".3f"),
     ("kl", "train/kl_divergence", ".4f"), ("entropy", "train/entropy", ".3f"), ("grad", "train/grad_norm", ".2f"),
     ("skipped", "train/skipped_steps", ".0f"), ("s", "time/step", ".2f"),
 ]  # fmt: skip
@@ -217,7 +221,7 @@ def console_line(step: int, steps: int, row: dict[str, float]) -> str:
     parts += [
         f"{word} {row[name]:{form}}"
         for word, name, form in CONSOLE
-        if name in row and not (word == "skipped" and not row[name])
+        if name in row and not (word in ("skipped", "clipped") and not row[name])
     ]
     if "eval/accuracy" in row:
         parts.append(
@@ -230,7 +234,8 @@ def console_line(step: int, steps: int, row: dict[str, float]) -> str:
 
 def describe_run(monitor: Monitor, config_yaml: str, arithmetic: str) -> None:
     """The pages that let a reader of TensorBoard understand the run: how to read it, and its settings."""
-    lines = [f"| {name} | {text} |" for name, text in GLOSSARY.items()]
+    rewards = {f"reward/NAME_{statistic}": text.format("NAME") for statistic, text in REWARD_MEANING.items()}
+    lines = [f"| {name} | {text} |" for name, text in (GLOSSARY | rewards).items()]
     monitor.text("guide/metrics", "\n".join(["| metric | what it means |", "|---|---|", *lines]))
     monitor.writer.add_custom_scalars(CHARTS)
     monitor.text("guide/config", f"{arithmetic}\n\n```yaml\n{config_yaml}```")

@@ -116,6 +116,7 @@ def ask(t: Trainer, count: int) -> list[Group]:
     tokens = sum(len(c.ids) for c in flat)
     t.monitor.add("rollout/completion_tokens", tokens, len(flat))
     t.monitor.add("rollout/truncated_share", sum(c.truncated for c in flat), len(flat))
+    t.monitor.add("rollout/entropy", -sum(sum(c.log_probs) for c in flat), tokens)
     t.monitor.add("perf/tokens_per_second", tokens, time.perf_counter() - start)
     return [Group(question, group) for question, group in zip(questions, groups, strict=True)]
 
@@ -362,6 +363,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     """Load and check everything that a run needs; UserError if something is missing. Writes nothing."""
     columns = {f.name: getattr(config, f.name) for f in fields(Objective)}
     loss = GRPOLoss(build_objective(config.objective, **columns))
+    print(config.arithmetic)
     print(describe_objective(config, loss.objective))
     rewards = reward.load_rewards(config.reward)
     accelerator = build_accelerator(config)
@@ -409,7 +411,6 @@ def describe_objective(config: Config, objective: Objective) -> str:
 def main(argv: list[str]) -> None:
     """Read the command line, build the trainer, open the run folder, train."""
     config, others = parse_config(argv, __doc__)
-    print(config.arithmetic)
     resume = others["resume"]
     held = checkpoint.lock(Path(resume)) if resume else None  # before its newest checkpoint is looked for
     trainer = build(config, resume)

@@ -53,16 +53,32 @@ def knobs() -> str:
     return "\n".join(lines)
 
 
+PAPERS = {
+    "grpo": ("Group Relative Policy Optimization", "2402.03300"),
+    "bnpo": ("TRL's name for GRPO's terms under a token mean", ""),
+    "dr_grpo": ("GRPO done right", "2503.20783"), "dapo": ("Decoupled clip and dynamic sampling", "2503.14476"),
+    "lite_ppo": ("Lite PPO", "2508.08221"), "gspo": ("Group Sequence Policy Optimization", "2507.18071"),
+    "gspo_token": ("the same, with a gradient of each token", "2507.18071"),
+    "luspo": ("Length-unbiased sequence policy optimization", "2602.05261"),
+    "gmpo": ("Geometric-mean policy optimization", "2507.20673"),
+    "cispo": ("Clipped IS-weight policy optimization", "2506.13585"),
+    "sapo": ("Soft adaptive policy optimization", "2511.20347"), "dppo": ("Divergence PPO", "2602.04879"),
+    "rloo": ("REINFORCE leave-one-out", "2402.14740"), "reinforce": ("Williams, 1992", ""),
+    "reinforce_plus_plus_baseline": ("REINFORCE++ with the group's mean as baseline", "2501.03262"),
+    "gdpo": ("Group reward-decoupled normalization", "2601.05242"), "pass_at_k": ("pass@k training", "2503.19595"),
+}  # fmt: skip
+
+
 def methods() -> str:
-    """Each row of OBJECTIVES: the columns in which any two of them differ."""
-    columns = [f.name for f in fields(Objective) if len({getattr(o, f.name) for o in OBJECTIVES.values()}) > 1]
-    lines = [f"| `--objective` | {' | '.join(f'`{c}`' for c in columns)} |", "|" + "---|" * (len(columns) + 1)]
+    """Each row of OBJECTIVES: what it is, its paper, and where it differs from grpo."""
+    lines = ["| `--objective` | what it is | differs from `grpo` by |", "|---|---|---|"]
     for name, row in OBJECTIVES.items():
-        cells = [shown(v) if (v := getattr(row, c)) != getattr(Objective, c) else "·" for c in columns]
-        lines.append(f"| **{name}** | {' | '.join(cells)} |")
-    defaults = [shown(getattr(Objective, c)) for c in columns]
-    lines.insert(2, f"| *(a dot is)* | {' | '.join(f'*{d}*' for d in defaults)} |")
-    return "\n".join(lines)
+        words, number = PAPERS[name]
+        paper = f" ([{number}](https://arxiv.org/abs/{number}))" if number else ""
+        differences = ", ".join(f"`{part}`" for part in row.summary.split(", ") if part)
+        lines.append(f"| **{name}** | {words}{paper} | {differences or '(the row itself)'} |")
+    base = ", ".join(f"`{f.name} {f.default}`" for f in fields(Objective) if f.default is not None)
+    return "\n".join([*lines, "", f"The row `grpo`: {base}."])
 
 
 def measured(family: str) -> str:

@@ -29,6 +29,20 @@ def test_presets_and_flags():
     assert parse_config(["--gradient-checkpointing", "false"])[0].gradient_checkpointing is False
 
 
+def test_another_objective_is_its_whole_row(tmp_path):
+    """Whatever a preset or a saved config chose for single columns, unless it is chosen again; the same one keeps it."""
+    assert parse_config(["--preset", "tiny"])[0].kl_weight == 0.0
+    assert parse_config(["--preset", "tiny", "--objective", "rloo"])[0].kl_weight is None
+    run = tmp_path / "run"
+    run.mkdir()
+    parse_config(["--objective", "dapo", "--clip_eps_high", "0.35", "--run_dir", str(run)])[0].save(run / "config.yaml")
+    for flag in (["--config", str(run / "config.yaml")], ["--resume", str(run)]):
+        assert parse_config(flag)[0].clip_eps_high == 0.35
+        assert parse_config([*flag, "--objective", "dapo"])[0].clip_eps_high == 0.35
+        assert parse_config([*flag, "--objective", "gspo"])[0].clip_eps_high is None
+        assert parse_config([*flag, "--objective", "gspo", "--clip_eps_high", "0.1"])[0].clip_eps_high == 0.1
+
+
 def test_every_column_of_an_objective_is_a_knob():
     """And is the row's own choice unless it is given."""
     defaults = Config()

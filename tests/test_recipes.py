@@ -224,7 +224,10 @@ def test_the_sampler_notes_what_it_drew_with(tmp_path, flags):
     """Against the filters written out: temperature first, then the smallest set of tokens with top_p of the mass."""
     t = build(tmp_path, *flags, "--rollout_batch_size=3")
     temperature, top_p = t.config.temperature, t.config.top_p
-    for g in train.ask(t, 2):
+    groups = train.ask(t, 2)
+    noted = [x for g in groups for c in g.completions for x in c.log_probs]
+    assert t.monitor.flush(1, 1)["rollout/entropy"] == pytest.approx(-sum(noted) / len(noted))
+    for g in groups:
         for c in g.completions:
             prompt = g.question.prompt_ids
             logits = t.model(input_ids=torch.tensor([prompt + c.ids])).logits[0] / temperature
