@@ -73,7 +73,7 @@ def methods() -> str:
     """Each row of OBJECTIVES: what it is, its paper, and where it differs from grpo."""
     lines = ["| `--objective` | what it is | differs from `grpo` by |", "|---|---|---|"]
     for name, row in OBJECTIVES.items():
-        words, number = PAPERS[name]
+        words, number = PAPERS.get(name, ("", ""))
         paper = f" ([{number}](https://arxiv.org/abs/{number}))" if number else ""
         differences = ", ".join(f"`{part}`" for part in row.summary.split(", ") if part)
         lines.append(f"| **{name}** | {words}{paper} | {differences or '(the row itself)'} |")
