@@ -41,9 +41,7 @@ class Objective:
     # Advantages: what each completion is compared with, and what the difference is divided by
     advantage: str = "group"  # a name of ADVANTAGES
     advantage_std: str = "group"  # divide by the std of the rewards of the group, of the whole rollout (batch), or none
-    multi_objective_aggregation: str = (
-        "sum_then_normalize"  # or normalize_then_sum: compare each reward in its group, then add up
-    )
+    multi_objective_aggregation: str = "sum_then_normalize"  # or normalize_then_sum: compare each reward, then add up
     relative_reward_weight: float = 1.0  # weight of the above ...
     baseline_reward_weight: float = 0.0  # ... and of the reward as it is, added to it
     whiten_advantages: bool = False  # then mean 0 and std 1 over the whole rollout
@@ -445,7 +443,8 @@ def contradiction(o: Objective, given: set[str]) -> str | None:
         return "--dynamic_sampling drops groups of equal rewards, from which --advantage raw does learn; leave one out."
     if o.spreads_gradient and o.top_entropy < 1:
         return (
-            "--top_entropy chooses tokens, and here a token's loss reaches its whole sequence; use ratio_level token."
+            "--top_entropy chooses tokens, and here a token's loss reaches its whole sequence; use ratio_level token "
+            "or sequence-token, and another surrogate than gmpo."
         )
     if o.spreads_gradient and o.sampler_correction.startswith("token"):
         return "--sampler_correction must be of the sequence, as the ratio is: sequence_truncate or sequence_mask."

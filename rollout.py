@@ -30,7 +30,7 @@ class Completion:
     ids: list[int]  # at least one token; the end token is the last one, unless truncated
     text: str  # decoded, special tokens left out
     truncated: bool  # the budget ran out before an end token came
-    log_probs: list[float] | None = None  # of each token, by the sampler's own distribution
+    log_probs: list[float] | None = None  # of each token, by the sampler's own distribution; None: greedy
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def complete(
                 generation_config=settings,
                 logits_processor=processors,
             )
-            rows, log_probs = output[:, input_ids.shape[1] :].tolist(), noted.log_probs(output).tolist()
+            rows = output[:, input_ids.shape[1] :].tolist()
+            log_probs = noted.log_probs(output).tolist() if noted else [None] * len(rows)
             done += [cut(row, ends, tokenizer, lp) for row, lp in zip(rows, log_probs, strict=True)]
     finally:
         model.generation_config = own
@@ -161,12 +162,14 @@ class Noted(LogitsProcessor):
         return torch.stack(self.columns, -1)
 
 
-def sampler(sampling: Sampling) -> tuple[LogitsProcessorList, Noted]:
-    """Temperature and nucleus, in transformers' order, and who notes what comes of them."""
+def sampler(sampling: Sampling) -> tuple[LogitsProcessorList, Noted | None]:
+    """Temperature and nucleus, in transformers' order, and who notes what comes of them; greedy draws nothing."""
     processors, noted = LogitsProcessorList(), Noted()
-    if sampling.temperature not in (0, 1):
+    if sampling.temperature == 0:
+        return processors, None
+    if sampling.temperature != 1:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.temperature and sampling.top_p < 1:
+    if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
     processors.append(noted)
     return processors, noted

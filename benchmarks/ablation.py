@@ -26,15 +26,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from loss import OBJECTIVES  # noqa: E402
+
 TARGET = 0.8
 COMMON = [
     "--preset", "tiny", "--device", "cpu", "--steps", "12", "--rollouts_per_step", "16", "--train_batch_size", "32",
     "--lr", "1e-4", "--eval_interval", "1", "--eval_questions", "250", "--checkpoint_interval", "0",
     "--log_completions", "0",
-]  # fmt: skip
-ROWS = [
-    "grpo", "bnpo", "dr_grpo", "dapo", "lite_ppo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "dppo",
-    "rloo", "reinforce", "reinforce_plus_plus_baseline", "gdpo", "pass_at_k",
 ]  # fmt: skip
 
 
@@ -45,7 +44,7 @@ def sampled(questions: int, group: int) -> list[str]:
 
 # name: (family, flags). The preset has no KL; a recipe is the whole row, with its KL.
 RUNS: dict[str, tuple[str, list[str]]] = {
-    **{row: ("recipe", ["--objective", row]) for row in ROWS},
+    **{row: ("recipe", ["--objective", row]) for row in OBJECTIVES},
     "base": ("ablation", []),
     "one optimizer step": ("ablation", ["--train_batch_size", "128"]),
     "without std": ("ablation", ["--advantage_std", "none"]),

@@ -24,6 +24,22 @@ CHOICES = [
 ]
 
 
+def moved(t, size):
+    """The trainer with its policy a little away from the one that sampled, and from the reference."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in t.model.parameters():
+            p += size * torch.randn_like(p)
+    return t
+
+
+def caught(t):
+    """A list into which each optimizer step puts its gradient, and moves nothing."""
+    found = []
+    t.optimizer.step = lambda: found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
+    return found
+
+
 @pytest.mark.parametrize("flags", CHOICES, ids=" ".join)
 def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flags):
     """One optimizer step on data that a slightly other policy sampled, in micro-batches of 3 and all at once."""
@@ -31,12 +47,7 @@ def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flag
     train.seed_step(t.config.seed, 1)
     groups = train.mark(t, train.ask(t, t.config.rollouts_per_step))
     train.remember(t, buffer, groups, train.compare(t, groups))
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in t.model.parameters():
-            p += 0.003 * torch.randn_like(p)
-    found = []
-    t.optimizer.step = lambda: found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
+    found = caught(moved(t, 0.003))
     for size in (100, 3):
         object.__setattr__(t.config, "micro_batch_size", size)
         assert train.optimizer_step(t, buffer.items)
@@ -202,9 +213,7 @@ def test_kl_in_the_reward(tmp_path, estimator):
     """R − β Σ_t KL_t, one sequence at a time; and the loss has no KL of its own."""
     t = build(tmp_path, "--objective=rloo", "--kl_weight=0.5", f"--kl_estimator={estimator}")
     total, tokens = 0.0, 0
-    torch.manual_seed(3)
-    for p in t.model.parameters():
-        p += 0.01 * torch.randn_like(p)
+    moved(t, 0.01)
     for g in train.mark(t, train.ask(t, 3)):
         for c, r in zip(g.completions, g.returns, strict=True):
             prompt, right = g.question.prompt_ids, is_correct(c.text, g.question.reference)
@@ -272,12 +281,7 @@ def test_the_gradient_of_the_exact_kl_and_of_the_entropy(tmp_path):
     groups = train.mark(t, train.ask(t, 3))
     advantages = train.compare(t, groups)
     train.remember(t, buffer, groups, advantages)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in t.model.parameters():
-            p += 0.01 * torch.randn_like(p)
-    found = []
-    t.optimizer.step = lambda: found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
+    found = caught(moved(t, 0.01))
     assert train.optimizer_step(t, buffer.items)
     total, kls, entropies = 0.0, [], []
     for g, row in zip(groups, advantages, strict=True):
@@ -333,3 +337,10 @@ def test_the_entropy_bonus_raises_the_entropy_and_moves_towards_its_target(tmp_p
         train.learn(t, buffer, 1, torch.Generator().manual_seed(0))
     assert entropy() > before + 0.01
     assert float(t.loss.entropy_weight) == pytest.approx(0.515)
+
+
+def test_a_greedy_completion_is_not_drawn(tmp_path):
+    """So it has no log-probability, and the evaluation does not pay for noting one."""
+    t = build(tmp_path)
+    ((greedy,),) = train.rollout(t.model, t.tokenizer, t.questions.take(1), 1, train.Sampling(20, temperature=0.0))
+    assert greedy.ids and greedy.log_probs is None
