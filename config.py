@@ -115,7 +115,9 @@ class Config:
 
     # Optimization
     train_batch_size: int = knob(16, "sequences per optimizer step (tutorial)")
-    micro_batch_size: int = knob(4, "sequences per forward pass: memory only, never the mathematics")
+    micro_batch_size: int | None = knob(
+        None, "sequences per forward pass, or auto, all: halved whenever a GPU's memory is full; never the mathematics"
+    )
     epochs_per_step: int = knob(1, "passes over each rollout (tutorial)")
     optimizer: str = knob("adamw", "adamw, or adamw_8bit (bitsandbytes, CUDA: a quarter of the optimizer's memory)")
     lr: float = knob(5e-6, "learning rate, constant after the warm-up (tutorial)")
@@ -158,7 +160,7 @@ class Config:
             )
         if not all(map(math.isfinite, self.reward_weights)):
             raise UserError(f"--reward_weights are {self.reward_weights}; each must be a finite number.")
-        if self.micro_batch_size > self.train_batch_size:
+        if (self.micro_batch_size or 0) > self.train_batch_size:
             raise UserError(
                 f"--micro_batch_size {self.micro_batch_size} is larger than --train_batch_size "
                 f"{self.train_batch_size}; an optimizer step is made of whole micro-batches, so make it smaller."
@@ -182,14 +184,22 @@ class Config:
     @property
     def arithmetic(self) -> str:
         """The sizes of one step, in a sentence."""
-        micro = math.ceil(self.train_batch_size / self.micro_batch_size)
+        if self.micro_batch_size:
+            micro = math.ceil(self.train_batch_size / self.micro_batch_size)
+            pieces = f"{micro} micro-{plural(micro, 'batch', 'batches')} of {self.micro_batch_size}"
+        else:
+            pieces = "micro-batches as large as fit"
         epochs = f" in {self.epochs_per_step} epochs" if self.epochs_per_step > 1 else ""
         steps = f"{self.optimizer_steps} optimizer {plural(self.optimizer_steps, 'step')}"
         return (
             f"{self.rollouts_per_step} questions × {self.group_size} completions = {self.sequences_per_step} sequences;"
-            f" {steps} of {self.train_batch_size}{epochs}"
-            f" in {micro} micro-{plural(micro, 'batch', 'batches')} of {self.micro_batch_size}"
+            f" {steps} of {self.train_batch_size}{epochs} in {pieces}"
         )
+
+    @property
+    def sampling_precision(self) -> str:
+        """What `load_model` is asked for by who only samples: no fp32 weights where the arithmetic is bf16."""
+        return "fp32" if self.precision == "fp32" else "bf16-pure"
 
     def save(self, path: Path) -> None:
         """Write the config as YAML; a file that is there stays whole if the disk is full."""
@@ -235,7 +245,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gsm8k": {},
     # fp32 weights, gradients and Adam of a 0.5B model take 8 GB and the reference 2 GB; the rest is the rollout's
     # cache, the activations and the logits of two sequences.
-    "gsm8k-24gb": {"rollout_batch_size": 128, "micro_batch_size": 2},
+    "gsm8k-24gb": {"rollout_batch_size": 128},
     # From trials over lr (1e-5 … 4e-4): 3e-5 climbs in 40 steps without a setback; from 2e-4 on the sampled accuracy
     # falls back after its first peak. Sorted micro-batches of 32 fit a laptop's cache: 3 times as fast as one of 256.
     "tiny": {
@@ -326,6 +336,8 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
     for action in parser._actions:
         if action.type is string_to_bool:  # `--mask_truncated` alone is true, as for the other switches
             action.nargs, action.const = "?", True
+        if action.dest == "micro_batch_size":
+            action.type = number_or_auto
     parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
     about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)
@@ -368,6 +380,11 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
             before = "the objective's own" if settings[name] is None else settings[name]
             print(f"changed on resume: {name} from {before} to {value}")
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
+
+
+def number_or_auto(text: str) -> int | None:
+    """A whole number, or None for auto."""
+    return None if text == "auto" else int(text)
 
 
 def flags_given(parser: Parser, argv: list[str]) -> tuple[dict[str, Any], list[str]]:

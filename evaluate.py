@@ -125,10 +125,9 @@ def main(argv: list[str]) -> None:
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model)
     questions = held_out_questions(config, tokenizer)
-    model = load_model(config.model, config.precision).to(accelerator.device)
+    model = load_model(config.model, config.sampling_precision).to(accelerator.device)
     set_seed(config.seed)
-    with accelerator.autocast():
-        metrics = evaluate(model, tokenizer, questions, config, lambda items: progress(items, "evaluate", leave=False))
+    metrics = evaluate(model, tokenizer, questions, config, lambda items: progress(items, "evaluate", leave=False))
     print(f"{config.model} on {len(questions)} held-out questions")
     for name, (total, count) in metrics.items():
         print(f"  {name:24} {total / count:8.4f}   {meaning(name)}")

@@ -11,6 +11,7 @@ made in one place, `sequences_log_probs` of model.py. Masks come from lengths, n
 pad and end may be the same token, and the end token may stand inside the prompt.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -86,6 +87,18 @@ def pad_batch(experiences: list[Experience]) -> Experience:
         return out
 
     return Experience(**{f.name: padded(f.name) for f in fields(Experience)})
+
+
+def neighbours(experiences: list[Experience]) -> list[int]:
+    """An order in which completions of one prompt stand together, and the tokens of a prompt grow slowly.
+
+    So that micro-batches cut from it compute few prompts twice and hold little padding.
+    """
+    prompts = [tuple(e.sequences[: -e.num_actions].tolist()) for e in experiences]
+    tokens = Counter({prompt: len(prompt) for prompt in prompts})
+    for prompt, e in zip(prompts, experiences, strict=True):
+        tokens[prompt] += e.num_actions
+    return sorted(range(len(experiences)), key=lambda i: (tokens[prompts[i]], prompts[i], experiences[i].num_actions))
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -1,26 +1,37 @@
 """Sample a group of completions for each question.
 
-Many prompts go through one `generate` call of transformers, padded on the left. What is sampled from is exactly the
+Many prompts go through one `generate` of transformers, padded on the left. What is sampled from is exactly the
 distribution that `sequences_log_probs` describes: softmax(logits / temperature), with no other filter, whatever the
-model's own generation settings say (Qwen's, for one, ask for top_k 20 and a repetition penalty). What it was sampled
-with is noted token by token, so that the gap between sampler and trainer can be seen, and corrected.
+model's own generation settings say (Qwen's, for one, ask for top_k 20 and a repetition penalty). What each token was
+drawn with is noted, so that the gap between sampler and trainer can be seen, and corrected.
+
+Three things make it fast. A prompt is read once and its cache repeated over the group. Completions that have ended make
+room: whenever half of a batch has, `generate` is called again for the others. And a token costs one random number,
+where generate's own multinomial makes one for each token of the vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    Cache,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from data import Question
+
+BLOCK = 256  # tokens of the vocabulary that are first drawn from together
 
 
 @dataclass(frozen=True)
@@ -82,20 +93,67 @@ def complete(
     try:
         for start in progress(range(0, len(prompts), sampling.batch_size)):
             chunk = prompts[start : start + sampling.batch_size]
-            input_ids, attention_mask = pad_left(chunk, settings.pad_token_id, model.device)
-            processors, noted = sampler(sampling)
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=settings,
-                logits_processor=processors,
-            )
-            rows = output[:, input_ids.shape[1] :].tolist()
-            log_probs = noted.log_probs(output).tolist() if noted else [None] * len(rows)
-            done += [cut(row, ends, tokenizer, lp) for row, lp in zip(rows, log_probs, strict=True)]
+            for row, log_probs in decode(model, chunk, sampling, settings):
+                done.append(cut(row, ends, tokenizer, log_probs))
     finally:
         model.generation_config = own
     return done
+
+
+def decode(
+    model: nn.Module, prompts: list[list[int]], sampling: Sampling, settings: GenerationConfig
+) -> list[tuple[list[int], list[float]]]:
+    """The new tokens of one batch, and the log-probability of each (none if greedy); after an end token, padding."""
+    input_ids, attention_mask = pad_left(prompts, settings.pad_token_id, model.device)
+    cache = read_prompts(model, input_ids, attention_mask)
+    tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
+    rows, left = list(range(len(prompts))), sampling.max_new_tokens
+    while rows and left:
+        processors, drawn = sampler(sampling)
+        ended = HalfEnded(settings.eos_token_id, input_ids.shape[1])
+        settings.max_new_tokens = left
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            generation_config=settings,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([] if cache is None else [ended]),
+        )
+        new = output.sequences[:, input_ids.shape[1] :]
+        left -= new.shape[1]
+        noted = drawn.log_probs().tolist() if drawn else [[]] * len(rows)
+        for i, ids, values in zip(rows, new.tolist(), noted, strict=True):
+            tokens[i] += ids
+            log_probs[i] += values
+        going = (~ended.rows(output.sequences)).nonzero().squeeze(-1)
+        rows = [rows[i] for i in going.tolist()]
+        if rows and left:
+            cache = output.past_key_values
+            cache.batch_select_indices(going)
+            input_ids = output.sequences[going]
+            attention_mask = torch.cat([attention_mask, torch.ones_like(new)], -1)[going]
+    return list(zip(tokens, log_probs, strict=True))
+
+
+def read_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Cache | None:
+    """Keys and values of all prompt tokens but the last, each different prompt computed once; (B, …) as the prompts.
+
+    None for models whose state is not a cache of keys and values (Mamba): those read every row, and none leaves early.
+    """
+    if model._is_stateful:
+        return None
+    cache = DynamicCache(config=model.config)
+    width = input_ids.shape[1]
+    if width > 1:
+        different, place = torch.unique(torch.cat([input_ids, attention_mask], -1), dim=0, return_inverse=True)
+        input_ids, attention_mask = different[:, : width - 1], different[:, width:-1]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        model.base_model(**inputs)
+        cache.batch_select_indices(place)
+    return cache
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -106,26 +164,22 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def generation_config(sampling: Sampling, ends: list[int], tokenizer: Any) -> GenerationConfig:
-    """Every field that shapes the distribution, stated; temperature and top_p are applied by `sampler`."""
-    greedy = sampling.temperature == 0
+    """Every field that shapes the distribution, stated. Greedy also when sampling: `Draw` leaves it one choice."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=not greedy,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0 if not greedy else 50,  # 0: off; greedy ignores it, and warns of any value but its default
-        typical_p=1.0,
+        do_sample=False,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         num_beams=1,
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=pad,
+        return_dict_in_generate=True,
     )
 
 
-def pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 (B, P); the mask is made from lengths."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -133,51 +187,76 @@ def pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[
     return ids, mask
 
 
-class Noted(LogitsProcessor):
-    """Notes the log-probability that each sampled token was drawn with.
+class Draw(LogitsProcessor):
+    """Draws the next token of each row and leaves generate no other one; notes the log-probability it was drawn with.
 
-    It stands last in generate's list, so that what it sees is what is sampled from; which token was drawn shows in the
-    next call's input_ids. One step's scores (B, V) are alive at a time.
+    It stands last in generate's list. One random number decides, first among blocks of the vocabulary, then inside one,
+    cumulated in double, so that the tail of a large vocabulary keeps its share.
     """
 
     def __init__(self) -> None:
-        self.scores: torch.Tensor | None = None
-        self.columns: list[torch.Tensor] = []
+        self.columns: list[Tensor] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Settle the step before, keep this one's scores (B, V)."""
-        self.settle(input_ids[:, -1])
-        self.scores = scores
-        return scores
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) in, a distribution on one token out, in the same memory: generate made it for this step."""
+        probs = scores.softmax(-1)
+        blocks = nn.functional.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+        sums = blocks.sum(-1).double()
+        number = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        block, rest = passed(sums, number * sums.sum(-1, keepdim=True))
+        place, _ = passed(blocks.take_along_dim(block[..., None], 1)[:, 0].double(), rest)
+        token = block * BLOCK + place
+        self.columns.append(probs.gather(-1, token).log())
+        return scores.fill_(-torch.inf).scatter_(-1, token, 0.0)
 
-    def settle(self, tokens: torch.Tensor) -> None:
-        """Log-probability of `tokens` (B,) under the scores that they were drawn from."""
-        if self.scores is not None:
-            drawn = self.scores.gather(-1, tokens[:, None]).squeeze(-1)
-            self.columns.append(drawn - self.scores.logsumexp(-1))
-
-    def log_probs(self, output: torch.Tensor) -> torch.Tensor:
-        """All of them, (B, new tokens), once generate has returned `output`; padding holds anything."""
-        self.settle(output[:, -1])
-        return torch.stack(self.columns, -1)
+    def log_probs(self) -> Tensor:
+        """All that was noted, (B, new tokens)."""
+        return torch.cat(self.columns, -1)
 
 
-def sampler(sampling: Sampling) -> tuple[LogitsProcessorList, Noted | None]:
-    """Temperature and nucleus, in transformers' order, and who notes what comes of them; greedy draws nothing."""
-    processors, noted = LogitsProcessorList(), Noted()
+def passed(weights: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulated `weights` (B, K) pass `point` (B, 1), never at a weight of 0; and what is left of the point.
+
+    float64 in; int64 (B, 1) and float64 (B, 1) out.
+    """
+    cumulated = weights.cumsum(-1)
+    point = torch.minimum(point, cumulated[:, -1:] * (1 - 2**-50))  # rounding may have put it at the end or beyond
+    index = torch.searchsorted(cumulated, point, right=True)
+    return index, point - (cumulated - weights).gather(-1, index)
+
+
+def sampler(sampling: Sampling) -> tuple[LogitsProcessorList, Draw | None]:
+    """Temperature and nucleus, in transformers' order, and the draw; greedy draws nothing."""
+    processors, draw = LogitsProcessorList(), Draw()
     if sampling.temperature == 0:
         return processors, None
     if sampling.temperature != 1:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(noted)
-    return processors, noted
+    processors.append(draw)
+    return processors, draw
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops generate when half of its rows have ended."""
+
+    def __init__(self, ends: list[int], width: int) -> None:
+        self.ends = ends
+        self.width = width  # of the prompts, whose end tokens do not count
+
+    def rows(self, input_ids: Tensor) -> Tensor:
+        """Which rows hold an end token, bool (B,)."""
+        return torch.isin(input_ids[:, self.width :], torch.tensor(self.ends, device=input_ids.device)).any(-1)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:
+        """For every row the same, since generate stops when all say so."""
+        return (self.rows(input_ids).double().mean() >= 0.5).expand(len(input_ids))
 
 
 def cut(row: list[int], ends: list[int], tokenizer: Any, log_probs: list[float] | None = None) -> Completion:
-    """One row of generate's output up to and including its first end token; what follows that is padding."""
+    """One row of new tokens up to and including its first end token; what follows that is padding."""
     length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
     ids = row[:length]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Completion(ids, text, truncated=length is None, log_probs=log_probs and log_probs[:length])
+    return Completion(ids, text, truncated=length is None, log_probs=log_probs[:length] if log_probs else None)

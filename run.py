@@ -27,10 +27,9 @@ def answers(name: str, questions: list[Question], config: Config) -> list[Comple
     prompted, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
     if len(prompted) < len(questions):
         raise UserError(f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it.")
-    model = load_model(name, config.precision).to(accelerator.device)
+    model = load_model(name, config.sampling_precision).to(accelerator.device)
     sampling = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
-    with accelerator.autocast():
-        return [group[0] for group in rollout(model, tokenizer, prompted, 1, sampling)]
+    return [group[0] for group in rollout(model, tokenizer, prompted, 1, sampling)]
 
 
 def describe(title: str, completion: Completion, reference: str) -> str:

@@ -29,10 +29,22 @@ from data import Question, QuestionStream, load_questions, with_prompts
 from errors import UserError, command
 from evaluate import evaluate, held_out_questions
 from loss import GRPOLoss, Objective, approx_kl_divergence, build_objective, group_advantages, has_spread, token_weights
-from model import Policy, build_accelerator, build_optimizer, check_model, load_model, load_tokenizer
+from model import (
+    Policy,
+    build_accelerator,
+    build_optimizer,
+    check_model,
+    copy_weights,
+    decoding_copy,
+    load_model,
+    load_tokenizer,
+    share_prompts,
+)
 from monitor import Monitor, completion_page, describe_run, progress
-from replay_buffer import Experience, ReplayBuffer, batches, pad_batch
+from replay_buffer import Experience, ReplayBuffer, batches, neighbours, pad_batch
 from rollout import Completion, Sampling, rollout
+
+FORWARD_ONLY = 4  # times as many sequences in a pass that keeps nothing for a backward pass
 
 
 @dataclass
@@ -51,11 +63,20 @@ class Trainer:
     held_out: list[Question]
     monitor: Monitor
     start_step: int
+    micro_batch_size: int
+    twin: nn.Module | None = None  # the model in bf16, where its own weights are fp32 and the arithmetic is not
 
     @property
     def model(self) -> nn.Module:
-        """The language model inside the policy, for sampling and saving."""
+        """The language model inside the policy, for saving."""
         return self.accelerator.unwrap_model(self.policy).model
+
+    def sampler(self) -> nn.Module:
+        """The language model to sample from, with the policy's present weights."""
+        if self.twin is None:
+            return self.model
+        copy_weights(self.model, self.twin)
+        return self.twin
 
 
 @dataclass(frozen=True)
@@ -110,8 +131,8 @@ def ask(t: Trainer, count: int) -> list[Group]:
     questions = t.questions.take(count)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.rollout_batch_size)
     start = time.perf_counter()
-    with t.monitor.time("time/rollout"), t.accelerator.autocast():
-        groups = rollout(t.model, t.tokenizer, questions, config.group_size, sampling, quiet_progress("rollout"))
+    with t.monitor.time("time/rollout"):
+        groups = rollout(t.sampler(), t.tokenizer, questions, config.group_size, sampling, quiet_progress("rollout"))
     flat = [c for group in groups for c in group]
     tokens = sum(len(c.ids) for c in flat)
     t.monitor.add("rollout/completion_tokens", tokens, len(flat))
@@ -223,10 +244,22 @@ def recall(t: Trainer, fresh: list[Experience], old: bool, ref: bool, top_entrop
     `top_entropy` below 1: with policy_mask on that share of all their tokens, those of the highest entropy
     (arXiv 2506.01939). The entropies are those of the policy that sampled, so micro-batches do not matter.
     """
+    ready, entropies = fitting(t, lambda size: passes(t, fresh, old, ref, top_entropy < 1, size))
+    if top_entropy < 1 and ready:
+        ranked = torch.cat(entropies).sort(descending=True).values
+        threshold = ranked[max(1, round(top_entropy * len(ranked))) - 1]
+        ready = [replace(e, policy_mask=h >= threshold) for e, h in zip(ready, entropies, strict=True)]
+    return ready
+
+
+def passes(
+    t: Trainer, fresh: list[Experience], old: bool, ref: bool, entropy: bool, size: int
+) -> tuple[list[Experience], list[Tensor]]:
+    """The passes of `recall`: the experiences with what was asked for, and the entropies beside them."""
     ready, entropies = [], []
-    for items in batches(fresh, t.config.micro_batch_size):
+    for items in batches(fresh, FORWARD_ONLY * size):
         batch = pad_batch(items).to(t.accelerator.device)
-        policy = [x.cpu() for x in t.policy(batch)] if old or top_entropy < 1 else []
+        policy = [x.cpu() for x in t.policy(batch)] if old or entropy else []
         log_probs_ref = t.reference(batch)[0].cpu() if ref else None
         for i, item in enumerate(items):
             n = item.num_actions
@@ -234,14 +267,31 @@ def recall(t: Trainer, fresh: list[Experience], old: bool, ref: bool, top_entrop
                 item = replace(item, action_log_probs=policy[0][i, :n])
             if ref:
                 item = replace(item, log_probs_ref=log_probs_ref[i, :n])
-            if top_entropy < 1:
+            if entropy:
                 entropies.append(policy[1][i, :n])
             ready.append(item)
-    if top_entropy < 1 and ready:
-        ranked = torch.cat(entropies).sort(descending=True).values
-        threshold = ranked[max(1, round(top_entropy * len(ranked))) - 1]
-        ready = [replace(e, policy_mask=h >= threshold) for e, h in zip(ready, entropies, strict=True)]
-    return ready
+    return ready, entropies
+
+
+def fitting(t: Trainer, work: Callable[[int], Any]) -> Any:
+    """`work(micro_batch_size)`; where that is more than the GPU's memory holds, again from its beginning with half.
+
+    The micro-batch stays at what fitted. Its size is never part of the mathematics.
+    """
+    while True:
+        try:
+            return work(t.micro_batch_size)
+        except torch.cuda.OutOfMemoryError as error:
+            if t.micro_batch_size == 1:
+                raise UserError(
+                    "One sequence is more than the GPU's memory holds: lower --max_new_tokens, or try "
+                    "--gradient_checkpointing true, --optimizer adamw_8bit or --precision bf16-pure."
+                ) from error
+        t.micro_batch_size = (t.micro_batch_size + 1) // 2
+        torch.cuda.empty_cache()
+        print(
+            f"the GPU's memory is full: micro-batches of {t.micro_batch_size} from here on; the numbers stay the same"
+        )
 
 
 def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.Generator) -> None:
@@ -265,42 +315,55 @@ def optimizer_step(t: Trainer, mini_batch: list[Experience]) -> bool:
     """Add up the gradients of the micro-batches, clip, step; False if the loss or the gradient is not finite.
 
     Weights are those of the whole mini-batch. Where a completion whose advantage is 0 has no gradient (no KL, no
-    entropy bonus) it is not computed; and the order is by length, so that little of a micro-batch is padding. Neither
-    changes the sum.
+    entropy bonus) it is not computed; and the order is `neighbours`, so that prompts are shared and little of a
+    micro-batch is padding. Neither changes the sum.
     """
-    o, device = t.loss.objective, t.accelerator.device
+    o = t.loss.objective
     scale = o.loss_scale_factor or t.config.max_new_tokens
     weights = token_weights([e.num_actions for e in mini_batch], o.loss_agg_mode, scale)
     pairs = [(e, w) for e, w in zip(mini_batch, weights, strict=True) if o.trains_everything or e.advantages != 0]
     if not pairs:  # nothing to learn from: no step, not even one of momentum or weight decay
         return True
-    pairs.sort(key=lambda pair: len(pair[0].sequences))
-    total, entropy, tokens = torch.zeros((), device=device), 0.0, 0
-    for chosen in batches(pairs, t.config.micro_batch_size):
-        batch = pad_batch([e for e, _ in chosen]).to(device)
-        log_probs, entropies, kl = t.policy(batch, t.reference if o.kl_estimator == "full" else None)
-        loss, metrics = t.loss(log_probs, batch, torch.stack([w for _, w in chosen]).to(device), entropies, kl)
-        t.accelerator.backward(loss)
-        total += loss.detach()
-        t.monitor.add_all(metrics)
-        entropy += torch.where(batch.action_mask, entropies.detach(), 0.0).sum()
-        tokens += batch.action_mask.sum()
+    pairs = [pairs[i] for i in neighbours([e for e, _ in pairs])]
+    total, entropy, metrics = fitting(t, lambda size: gradients(t, pairs, size))
+    for found in metrics:
+        t.monitor.add_all(found)
+    tokens = sum(e.num_actions for e, _ in pairs)
     t.monitor.add("train/entropy", entropy, tokens)
     grad_norm = t.accelerator.clip_grad_norm_(t.policy.parameters(), t.config.max_norm)
     finite = bool(torch.isfinite(total) & torch.isfinite(grad_norm))
     if finite:
         t.optimizer.step()
-        t.loss.adapt(float(entropy / tokens))
+        t.loss.adapt(float(entropy) / tokens)
         t.monitor.add("train/loss", len(mini_batch) * total, len(mini_batch))
         t.monitor.add("train/grad_norm", grad_norm)
     t.optimizer.zero_grad()
     return finite
 
 
+def gradients(t: Trainer, pairs: list[tuple[Experience, Tensor]], size: int) -> tuple[Tensor, Tensor, list[dict]]:
+    """Add up the gradients of experiences with their token weights, `size` at a time.
+
+    Returns the loss, the sum of the tokens' entropies, and the metrics of each micro-batch.
+    """
+    device, full_kl = t.accelerator.device, t.loss.objective.kl_estimator == "full"
+    total, entropy, metrics = torch.zeros((), device=device), torch.zeros((), device=device), []
+    t.optimizer.zero_grad()  # what an attempt that did not fit has left
+    for chosen in batches(pairs, size):
+        batch = pad_batch([e for e, _ in chosen]).to(device)
+        log_probs, entropies, kl = t.policy(batch, t.reference if full_kl else None)
+        loss, found = t.loss(log_probs, batch, torch.stack([w for _, w in chosen]).to(device), entropies, kl)
+        t.accelerator.backward(loss)
+        total += loss.detach()
+        entropy += torch.where(batch.action_mask, entropies.detach(), 0.0).sum()
+        metrics.append(found)
+    return total, entropy, metrics
+
+
 def evaluation(t: Trainer) -> None:
     """Held-out accuracy into the log."""
-    with t.monitor.time("time/evaluate"), t.accelerator.autocast():
-        t.monitor.add_all(evaluate(t.model, t.tokenizer, t.held_out, t.config, quiet_progress("evaluate")))
+    with t.monitor.time("time/evaluate"):
+        t.monitor.add_all(evaluate(t.sampler(), t.tokenizer, t.held_out, t.config, quiet_progress("evaluate")))
 
 
 def save(t: Trainer, run_dir: Path, step: int) -> None:
@@ -381,9 +444,11 @@ def build(config: Config, resume: str | None) -> Trainer:
     model = load_model(str(saved or config.model), config.precision, config.gradient_checkpointing)
     check_model(model, tokenizer, config)
     reference = load_model(config.model, config.precision) if loss.objective.kl_weight > 0 else None
-    policy, optimizer = accelerator.prepare(Policy(model, config.temperature), build_optimizer(model, config))
+    share = share_prompts(model, config) and (reference is None or share_prompts(reference, config))
+    policy = Policy(model, config.temperature, share, loss.objective.needs_moments)
+    policy, optimizer = accelerator.prepare(policy, build_optimizer(model, config))
     if reference is not None:
-        reference = Policy(reference.requires_grad_(False), config.temperature)
+        reference = Policy(reference.requires_grad_(False), config.temperature, share)
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     if state:
         loss.load_state_dict(state.loss, strict=False)  # only an adaptive entropy bonus has a state
@@ -392,9 +457,11 @@ def build(config: Config, resume: str | None) -> Trainer:
             group["weight_decay"] = config.weight_decay
     stream = QuestionStream(questions, config.seed, state.position if state else 0)
     step = state.step if state else 0
+    twin = decoding_copy(model) if config.precision == "bf16" else None
     return Trainer(
-        config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, Monitor(), step
-    )
+        config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, Monitor(), step,
+        config.micro_batch_size or config.train_batch_size, twin,
+    )  # fmt: skip
 
 
 def describe_objective(config: Config, objective: Objective) -> str:

@@ -48,7 +48,7 @@ def knobs() -> str:
     defaults, tiny = Config(), PRESETS["tiny"]
     for field in fields(Config):
         other = shown(tiny[field.name]) if field.name in tiny else ""
-        default = shown(getattr(defaults, field.name))
+        default = "auto" if field.name == "micro_batch_size" else shown(getattr(defaults, field.name))
         lines.append(f"| `--{field.name}` | {field.metadata['help']} | {default} | {other} |")
     return "\n".join(lines)
 

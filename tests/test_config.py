@@ -58,7 +58,7 @@ def test_the_tutorials_numbers():
     assert c.max_prompt_tokens + c.max_new_tokens == 1024 and c.checkpoint_interval == 20
     assert (
         c.arithmetic
-        == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in 4 micro-batches of 4"
+        == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in micro-batches as large as fit"
     )
 
 

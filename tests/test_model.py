@@ -29,7 +29,7 @@ def plain_log_probs(network, prompt, completion, temperature):
 @pytest.mark.parametrize("piece", [2**24, 200])
 def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch):
     """Faults 2, 9 and 11: padded, scaled by the temperature, in pieces; as if each row were alone and plain."""
-    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", piece)
+    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", piece)
     e = batch()
     log_probs, entropies, _ = sequences_log_probs(model, e.sequences, e.attention_mask, e.num_actions, temperature)
     assert log_probs.dtype == torch.float32 and entropies.shape == log_probs.shape == e.action_mask.shape
@@ -44,7 +44,7 @@ def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch)
 
 
 def test_the_gradient_is_that_of_the_plain_forward_pass(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", 200)
+    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", 200)
     e = batch()
     model.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "fp32", gradient_checkpointing=True).train()

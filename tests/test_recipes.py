@@ -9,7 +9,7 @@ from test_train import build
 
 import train
 from loss import OBJECTIVES, has_spread
-from model import token_log_probs
+from model import LOGITS_AT_A_TIME, token_log_probs
 from reward import is_correct
 
 CHOICES = [
@@ -44,12 +44,12 @@ def caught(t):
 def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flags):
     """One optimizer step on data that a slightly other policy sampled, in micro-batches of 3 and all at once."""
     t, buffer = build(tmp_path, "--epochs_per_step=2", "--max_norm=1e9", *flags), train.ReplayBuffer()
-    train.seed_step(t.config.seed, 1)
+    train.seed_step(5, 1)
     groups = train.mark(t, train.ask(t, t.config.rollouts_per_step))
     train.remember(t, buffer, groups, train.compare(t, groups))
     found = caught(moved(t, 0.003))
     for size in (100, 3):
-        object.__setattr__(t.config, "micro_batch_size", size)
+        t.micro_batch_size = size
         assert train.optimizer_step(t, buffer.items)
     full, part = found
     assert full.norm() > 0
@@ -306,7 +306,7 @@ def test_the_gradient_of_the_exact_kl_and_of_the_entropy(tmp_path):
 
 def test_exact_kl_and_entropy_over_the_vocabulary(monkeypatch):
     """Values and gradients of the pieces against torch.distributions, on the whole."""
-    monkeypatch.setattr("model.LOGITS_AT_A_TIME", 40)
+    monkeypatch.setitem(LOGITS_AT_A_TIME, "cpu", 40)
     torch.manual_seed(0)
     logits, others = torch.randn(7, 11), torch.randn(7, 11)
     logits[:, 10], others[:, 10] = torch.finfo(torch.bfloat16).min, -torch.inf  # a token that the model never says

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
-from data import Question
-from model import sequences_log_probs
-from rollout import Completion, Sampling, complete, cut, end_tokens, rollout
+from config import located
+from data import Question, load_questions, with_prompts
+from model import load_model, sequences_log_probs
+from rollout import Completion, Draw, Sampling, complete, cut, end_tokens, rollout
 
 
 @pytest.fixture
@@ -94,6 +96,93 @@ def test_samples_follow_the_log_probabilities(model, tokenizer, prompts, tempera
     wrong = sequences_log_probs(model, every, torch.ones_like(every, dtype=torch.bool), 1, temperature * 1.3)[0][:, 0]
     wrong = wrong.detach().double().exp() * 20000
     assert ((counts - wrong)[wrong > 5] ** 2 / wrong[wrong > 5]).sum() > 2 * chi, "the test can tell temperatures apart"
+
+
+def plain_greedy(network, prompt, end, budget):
+    """The slow twin: the whole sequence again for every token, no cache, no padding, no batch."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + budget and ids[len(prompt) :][-1:] != [end]:
+        ids.append(int(network(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_the_whole_forward_pass_token_by_token(tokenizer):
+    """The bundled model, whose answers end at different lengths, so that rows leave while others go on."""
+    network = load_model("tiny/model", "fp32")
+    questions, _ = with_prompts(load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128)
+    prompts = [q.prompt_ids for q in questions[:12]] + [[5], [5, 9]]
+    done = complete(network, tokenizer, prompts, Sampling(40, 0.0))
+    assert len({len(c.ids) for c in done}) > 2, "or nothing leaves early"
+    for prompt, completion in zip(prompts, done, strict=True):
+        assert completion.ids == plain_greedy(network, prompt, tokenizer.eos_token_id, 40)
+        assert completion.truncated == (completion.ids[-1] != tokenizer.eos_token_id)
+
+
+def watched(network):
+    """A list of the (rows, columns) of every forward pass."""
+    seen = []
+    network.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[:2])))
+    return seen
+
+
+def test_prompts_are_read_once_and_ended_rows_make_room(tokenizer):
+    network = load_model("tiny/model", "fp32")
+    questions, _ = with_prompts(load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128)
+    seen = watched(network)
+    torch.manual_seed(0)
+    groups = rollout(network, tokenizer, questions[:4], 32, Sampling(48, batch_size=128))
+    width = max(len(q.prompt_ids) for q in questions[:4])
+    assert seen[0] == (4, width - 1), "4 prompts, not 128; their last tokens go with the first step"
+    assert seen[1] == (128, 1)
+    rows = [r for r, columns in seen[1:]]
+    assert all(columns == 1 for _, columns in seen[1:]) and sorted(rows, reverse=True) == rows
+    lengths = sorted((len(c.ids) for g in groups for c in g), reverse=True)
+    for t, n in enumerate(rows):
+        going = sum(length > t for length in lengths)
+        assert going <= n <= max(2 * going, 1), "at the most half of a batch has ended"
+    assert rows[-1] < 64
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_each_token_was_drawn_with_the_trainers_own_log_probability(tokenizer, temperature):
+    """Across prompts of several lengths and rows that leave: cache, padding and positions stay right to the end."""
+    network = load_model("tiny/model", "fp32")
+    questions, _ = with_prompts(load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128)
+    torch.manual_seed(0)
+    groups = rollout(network, tokenizer, questions[:6], 8, Sampling(48, temperature, batch_size=20))
+    flat = [(q, c) for q, g in zip(questions, groups, strict=False) for c in g]
+    assert len({len(c.ids) for _, c in flat}) > 5
+    for q, c in flat:
+        sequence = torch.tensor([q.prompt_ids + c.ids])
+        mask = torch.ones_like(sequence, dtype=torch.bool)
+        expected, *_ = sequences_log_probs(network, sequence, mask, len(c.ids), temperature)
+        torch.testing.assert_close(torch.tensor(c.log_probs), expected[0].detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_without_probability_is_never_drawn(monkeypatch):
+    """At both ends of the random numbers, and for a tail that single precision would lose: 10⁵ tokens of 10⁻⁹ each."""
+    scores = torch.full((4, 700), -torch.inf)
+    scores[:, 2], scores[:, 300], scores[:, 304] = 0.3, 0.2, 0.1
+    for number, token in ((0.0, 2), (0.5, 300), (1 - 2**-53, 304)):
+        monkeypatch.setattr(torch, "rand", lambda *size, value=number, **kw: torch.full(size, value, **kw))
+        draw = Draw()
+        chosen = draw(None, scores.clone())
+        assert chosen.argmax(-1).tolist() == [token] * 4 and (chosen.exp().sum(-1) == 1).all()
+        torch.testing.assert_close(draw.log_probs()[:, 0], scores.log_softmax(-1)[:, token])
+    long = torch.full((1, 100_001), -20.72)
+    long[0, 0] = 0.0
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.full(size, 1 - 0.25e-4, **kw))
+    assert Draw()(None, long).argmax(-1).item() == pytest.approx(75_000, rel=0.01)
+
+
+def test_a_model_with_another_kind_of_state_is_sampled_plainly(tokenizer):
+    """Mamba has no keys and values that could be repeated or dropped."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    network = MambaForCausalLM(config).eval()
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    alone = [complete(network, tokenizer, [p], Sampling(6, 0.0))[0] for p in ([5, 6, 7], [8, 9, 4])]
+    assert complete(network, tokenizer, [[5, 6, 7], [8, 9, 4]], Sampling(6, 0.0)) == alone
 
 
 def test_all_end_tokens_count(model, tokenizer):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -364,3 +365,69 @@ def test_a_disk_that_is_full_before_the_logs_are_open_is_one_sentence(tiny_run, 
     error = capsys.readouterr().err
     assert caught.value.code == 2 and "No space left on device. Put that right" in error
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_gpu_halves_the_micro_batch_and_changes_nothing_else(tmp_path, capsys):
+    """As CUDA does: the memory ends in the middle of an optimizer step, when part of the gradient is there already."""
+    found = {}
+    for limit in (100, 3):
+        t = build(tmp_path / str(limit), "--train_batch_size=24", "--micro_batch_size=auto", "--kl_weight=0.1")
+        assert t.micro_batch_size == 24
+        forward, asked = t.policy.forward, []
+
+        def crowded(batch, *others, forward=forward, asked=asked, limit=limit):
+            asked.append(len(batch.sequences))
+            if len(batch.sequences) > limit or len(asked) == 7:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return forward(batch, *others)
+
+        t.policy.forward = crowded
+        t.monitor.open(tmp_path)
+        buffer = train.ReplayBuffer()
+        groups = train.mark(t, train.ask(t, 3))
+        train.remember(t, buffer, groups, train.compare(t, groups))
+        train.learn(t, buffer, 1, torch.Generator().manual_seed(0))
+        row = t.monitor.flush(1, 1)
+        found[limit] = [p.detach().clone() for p in t.model.parameters()], row
+        assert t.micro_batch_size == (24 if limit == 100 else 2), (
+            asked,
+            "the 7th forward pass runs out of memory too",
+        )
+    assert "micro-batches of 3 from here on" in capsys.readouterr().out
+    (whole, row), (halved, other) = found.values()
+    for a, b in zip(whole, halved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for name in ("train/loss", "train/kl_divergence", "train/grad_norm", "train/entropy", "train/ratio_mean"):
+        assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-7), name
+
+
+def test_one_sequence_that_does_not_fit_is_said(tmp_path):
+    t = build(tmp_path, "--train_batch_size=4", "--micro_batch_size=2")
+
+    def full(size):
+        raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(UserError, match="lower --max_new_tokens"):
+        train.fitting(t, full)
+
+
+def test_bf16_is_sampled_from_a_copy_that_follows_the_policy(tmp_path):
+    t = build(tmp_path, "--precision=bf16", "--lr=1e-2")
+    t.monitor.open(tmp_path)
+    names = dict(t.model.named_buffers())
+    for trained in (False, True):
+        sampler = t.sampler()
+        assert sampler is t.twin and sampler is not t.model
+        for own, theirs in zip(t.model.parameters(), sampler.parameters(), strict=True):
+            assert own.dtype == torch.float32 and theirs.dtype == torch.bfloat16 and not theirs.requires_grad
+            assert torch.equal(own.to(torch.bfloat16), theirs)
+        assert all(b.dtype == names[n].dtype for n, b in sampler.named_buffers()), "rotary frequencies in full"
+        if not trained:
+            before = [p.clone() for p in sampler.parameters()]
+            buffer, groups = train.ReplayBuffer(), train.mark(t, train.ask(t, 3))
+            train.remember(t, buffer, groups, train.compare(t, groups))
+            train.learn(t, buffer, 1, torch.Generator().manual_seed(0))
+            assert 1e-5 < t.monitor.flush(1, 1)["train/sampler_gap"] < 0.05, "noticed, and small"
+    assert any((a != b).any() for a, b in zip(before, sampler.parameters(), strict=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert build(tmp_path / "fp32").twin is None

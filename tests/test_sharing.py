@@ -1,0 +1,152 @@
+"""The fast way to the log-probabilities (prompts once, the head in pieces) against the plain one, family by family."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import model as model_module
+from config import Config
+from model import sequences_log_probs, share_prompts
+from replay_buffer import Experience, pad_batch
+
+# Groups of 3, 1, 2 and 1; a one-token prompt, one-token completions, a prompt that begins like its neighbour's.
+ROWS = [
+    ([5, 2, 9], [11, 0, 2]), ([5, 2, 9], [13]), ([5, 2, 9], [14, 15, 16, 17, 18, 19, 20, 2]), ([6], [13]),
+    ([5, 2, 9, 4], [7, 7]), ([5, 2, 9, 4], [7, 8, 9]), ([2, 0, 7, 8, 30, 31, 32, 33, 34, 35, 36, 37], [2]),
+]  # fmt: skip
+SMALL = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+WINDOW = {"sliding_window": 4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_local_experts": 4}
+FAMILIES = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "phi3": {}, "phi": {}, "olmo2": {}, "smollm3": {}, "glm": {},
+    "granite": {"logits_scaling": 7.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.3}, "cohere2": WINDOW, "mistral": WINDOW, "starcoder2": WINDOW,
+    "gemma": {}, "gemma3_text": WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
+    "mixtral": EXPERTS, "qwen3_moe": EXPERTS, "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128},
+    "gpt_neox": {}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "biogpt": {},
+}  # fmt: skip
+# Attention with softcapping, with ALiBi, of its own; a convolution over neighbours; one that does not pass our row on.
+OTHERS = {
+    "gemma2": WINDOW | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}, "bloom": {"n_head": 4, "n_layer": 2},
+    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "stablelm": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+
+
+def family(name, given):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[name](**SMALL, **given)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.2 * torch.randn_like(p)  # biases and scales that are not 0 and 1, logits that differ
+    return network
+
+
+def both(network, temperature=0.7, reference=None):
+    """Results and gradient of the plain way and of the fast one, on the same network."""
+    e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
+    weights = torch.randn(2, *e.action_mask.shape, generator=torch.Generator().manual_seed(1)) * e.action_mask
+    for share in (False, True):
+        network.zero_grad()
+        found = sequences_log_probs(
+            network, e.sequences, e.attention_mask, e.num_actions, temperature, reference, share=share
+        )
+        (weights[0] * found[0] + weights[1] * (found[1] + found[2])).sum().backward()
+        yield [x[e.action_mask] for x in found], torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sharing_prompts_changes_nothing(name, monkeypatch):
+    """Log-probabilities, entropies and gradient; with the head in many pieces. Windows are shorter than the rows."""
+    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", 300)
+    network = family(name, FAMILIES[name])
+    assert share_prompts(network, Config(model=name)), "must be one of those that can"
+    (plain, plain_gradient), (fast, fast_gradient) = both(network)
+    for a, b in zip(plain, fast, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert plain_gradient.norm() > 0.1
+    assert (plain_gradient - fast_gradient).norm() < 1e-4 * plain_gradient.norm()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_who_cannot_share_says_so_and_stays_as_it_was(name, capsys):
+    network = family(name, OTHERS[name])
+    own = network.config._attn_implementation
+    assert not share_prompts(network, Config(model=name))
+    assert "computes a prompt once for each completion" in capsys.readouterr().out
+    assert network.config._attn_implementation == own
+
+
+def test_a_head_that_does_more_than_is_known_is_noticed(capsys):
+    network = family("llama", {})
+    network.lm_head.register_forward_hook(lambda *args: args[2] + torch.arange(99))
+    assert share_prompts(network, Config()), "a hook is part of the head, and runs in both ways"
+    plain = type(network).forward
+
+    class Scaled(type(network)):
+        def forward(self, *args, **kwargs):
+            output = plain(self, *args, **kwargs)
+            output.logits = output.logits * 1.1
+            return output
+
+    network.__class__ = Scaled
+    assert not share_prompts(network, Config())
+    assert "would be off by" in capsys.readouterr().out
+
+
+def test_exact_kl_through_the_fast_way():
+    network, reference = family("qwen2", {}), family("qwen2", {})
+    with torch.no_grad():
+        for p in reference.parameters():
+            p += 0.05 * torch.randn_like(p)
+    assert share_prompts(network, Config()) and share_prompts(reference, Config())
+    (plain, plain_gradient), (fast, fast_gradient) = both(network, reference=reference)
+    assert fast[2].min() > 0.001
+    torch.testing.assert_close(plain[2], fast[2], rtol=1e-3, atol=1e-4)
+    assert (plain_gradient - fast_gradient).norm() < 1e-4 * plain_gradient.norm()
+
+
+def test_each_prompt_is_computed_once_and_no_padding_at_all():
+    """The issue's point, in tokens: 4 prompts of 3, 1, 4 and 12 and 13 completion tokens that predict another one."""
+    network = family("llama", {})
+    assert share_prompts(network, Config())
+    seen = []
+    network.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
+    list(both(network))
+    plain, fast = seen
+    assert plain == (7, 20)
+    assert fast == (1, 20 + sum(len(c) - 1 for _, c in ROWS))
+
+
+def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
+    """Faults 11: with pieces of 4 tokens nothing of the vocabulary's width but the head itself is alive afterwards."""
+    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", 4 * 99)
+    network = family("llama", {})
+    assert share_prompts(network, Config())
+    e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
+    kept = []
+    for share in (False, True):
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(tuple(x.shape)) or x, lambda x: x):
+            sequences_log_probs(network, e.sequences, e.attention_mask, e.num_actions, share=share)
+    plain, fast = ([s for s in shapes if 99 in s and s not in ((99, 32), (32, 99))] for shapes in kept)
+    assert plain, "the plain way keeps the model's own logits"
+    assert not fast
+
+
+def test_without_moments_only_the_log_probabilities_have_a_gradient():
+    network = family("llama", {})
+    assert share_prompts(network, Config())
+    e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
+    arguments = e.sequences, e.attention_mask, e.num_actions
+    for share in (False, True):
+        whole = sequences_log_probs(network, *arguments, share=share)
+        light = sequences_log_probs(network, *arguments, share=share, moments=False)
+        assert light[0].requires_grad and not light[1].requires_grad
+        for a, b in zip(whole, light, strict=True):
+            torch.testing.assert_close(a, b)
