@@ -7,7 +7,7 @@ Shapes: B sequences; P prompt tokens, padded on the left; C completion tokens, p
     action_mask                                      1      1     1     0      (B, C)
 
 All per-token quantities are (B, C) and aligned with the completion tokens themselves: the causal shift by one is
-made in one place, `sequences_log_probs` of model.py. Masks come from lengths, never from comparing with the pad id:
+made in one place, log_probs.py. Masks come from lengths, never from comparing with the pad id:
 pad and end may be the same token, and the end token may stand inside the prompt.
 """
 

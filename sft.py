@@ -24,8 +24,9 @@ from checkpoint import new_run_dir
 from config import Config, located, parse_config
 from data import Question, QuestionStream, load_questions, with_prompts
 from errors import UserError, command
+from log_probs import Policy
 from loss import token_weights
-from model import Policy, build_accelerator, build_optimizer, load_model, load_tokenizer
+from model import build_accelerator, build_optimizer, load_model, load_tokenizer
 from monitor import progress
 from replay_buffer import Experience, batches, pad_batch
 

@@ -5,8 +5,8 @@
     python train.py --resume runs/NAME         go on from the newest checkpoint
     python train.py --help             every knob
 
-The way from here to the gradient: rollout.py samples, reward.py scores, loss.py compares and has the objective,
-model.py gives the log-probabilities. Departures from the paper's algorithm 1 stand at the top of loss.py.
+The way from here to the gradient: rollout.py samples, reward.py scores, log_probs.py says how likely each token is, and
+loss.py compares and has the objective. Departures from the paper's algorithm 1 stand at the top of loss.py.
 """
 
 import signal
@@ -28,9 +28,9 @@ from config import Config, located, parse_config
 from data import Question, QuestionStream, load_questions, with_prompts
 from errors import UserError, command
 from evaluate import evaluate, held_out_questions
+from log_probs import Policy, share_prompts
 from loss import GRPOLoss, Objective, approx_kl_divergence, build_objective, group_advantages, has_spread, token_weights
 from model import (
-    Policy,
     build_accelerator,
     build_optimizer,
     check_model,
@@ -38,7 +38,6 @@ from model import (
     decoding_copy,
     load_model,
     load_tokenizer,
-    share_prompts,
 )
 from monitor import Monitor, completion_page, describe_run, progress
 from replay_buffer import Experience, ReplayBuffer, batches, neighbours, pad_batch
@@ -444,7 +443,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     model = load_model(str(saved or config.model), config.precision, config.gradient_checkpointing)
     check_model(model, tokenizer, config)
     reference = load_model(config.model, config.precision) if loss.objective.kl_weight > 0 else None
-    share = share_prompts(model, config) and (reference is None or share_prompts(reference, config))
+    share = share_prompts(model, config.model) and (reference is None or share_prompts(reference, config.model))
     policy = Policy(model, config.temperature, share, loss.objective.needs_moments)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(model, config))
     if reference is not None:

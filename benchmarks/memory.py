@@ -36,11 +36,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from roofline import command_line, machine, make_config, positive, versions  # noqa: E402
+from roofline import command_line, machine, positive, versions  # noqa: E402
 
 from config import Parser  # noqa: E402
 from errors import UserError, choose, command  # noqa: E402
-from model import sequences_log_probs  # noqa: E402
+from log_probs import sequences_log_probs  # noqa: E402
 
 WAYS = {
     "plain": (None, False), "pieces": (False, False), "shared": (True, False), "shared+ckpt": (True, True),
@@ -174,9 +174,9 @@ def measure_one(task: dict) -> dict:
     device = torch.device(task["device"])
     model = build_model(task["vocabulary"], getattr(torch, task["dtype"]), device)
     if WAYS[task["way"]][0]:
-        from model import share_prompts
+        from log_probs import share_prompts
 
-        assert share_prompts(model, make_config("tiny/model", 2, 2, 1, 1, "--device", "auto")), "cannot share prompts"
+        assert share_prompts(model, "the model"), "cannot share prompts"
     check(model, task["way"], task["vocabulary"], device)
     clear(model)
     batch = make_batch(task["length"], task["vocabulary"], device)

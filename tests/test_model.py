@@ -1,13 +1,14 @@
-"""model.py: log-probabilities against the plain forward pass; what is loaded and what is not."""
+"""model.py and log_probs.py: log-probabilities against the plain forward pass; what is loaded and what is not."""
 
 import pytest
 import torch
 from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
-import model as model_module
+import log_probs as log_probs_module
 from config import Config
 from errors import UserError
-from model import Policy, build_accelerator, check_model, load_model, load_tokenizer, sequences_log_probs
+from log_probs import Policy, sequences_log_probs
+from model import build_accelerator, check_model, load_model, load_tokenizer
 from replay_buffer import Experience, pad_batch
 
 # 2 is the end token, 0 is what pad_batch pads with: both are real tokens too.
@@ -29,7 +30,7 @@ def plain_log_probs(network, prompt, completion, temperature):
 @pytest.mark.parametrize("piece", [2**24, 200])
 def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch):
     """Faults 2, 9 and 11: padded, scaled by the temperature, in pieces; as if each row were alone and plain."""
-    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", piece)
+    monkeypatch.setitem(log_probs_module.LOGITS_AT_A_TIME, "cpu", piece)
     e = batch()
     log_probs, entropies, _ = sequences_log_probs(model, e.sequences, e.attention_mask, e.num_actions, temperature)
     assert log_probs.dtype == torch.float32 and entropies.shape == log_probs.shape == e.action_mask.shape
@@ -44,7 +45,7 @@ def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch)
 
 
 def test_the_gradient_is_that_of_the_plain_forward_pass(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", 200)
+    monkeypatch.setitem(log_probs_module.LOGITS_AT_A_TIME, "cpu", 200)
     e = batch()
     model.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "fp32", gradient_checkpointing=True).train()

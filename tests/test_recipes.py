@@ -8,8 +8,8 @@ import torch
 from test_train import build
 
 import train
+from log_probs import LOGITS_AT_A_TIME, token_log_probs
 from loss import OBJECTIVES, has_spread
-from model import LOGITS_AT_A_TIME, token_log_probs
 from reward import is_correct
 
 CHOICES = [

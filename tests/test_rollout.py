@@ -6,7 +6,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from config import located
 from data import Question, load_questions, with_prompts
-from model import load_model, sequences_log_probs
+from log_probs import sequences_log_probs
+from model import load_model
 from rollout import Completion, Draw, Sampling, complete, cut, end_tokens, rollout
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-import model as model_module
-from config import Config
-from model import sequences_log_probs, share_prompts
+import log_probs
+from log_probs import sequences_log_probs, share_prompts
 from replay_buffer import Experience, pad_batch
 
 # Groups of 3, 1, 2 and 1; a one-token prompt, one-token completions, a prompt that begins like its neighbour's.
@@ -63,9 +62,9 @@ def both(network, temperature=0.7, reference=None):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sharing_prompts_changes_nothing(name, monkeypatch):
     """Log-probabilities, entropies and gradient; with the head in many pieces. Windows are shorter than the rows."""
-    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", 300)
+    monkeypatch.setitem(log_probs.LOGITS_AT_A_TIME, "cpu", 300)
     network = family(name, FAMILIES[name])
-    assert share_prompts(network, Config(model=name)), "must be one of those that can"
+    assert share_prompts(network, name), "must be one of those that can"
     (plain, plain_gradient), (fast, fast_gradient) = both(network)
     for a, b in zip(plain, fast, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -77,7 +76,7 @@ def test_sharing_prompts_changes_nothing(name, monkeypatch):
 def test_who_cannot_share_says_so_and_stays_as_it_was(name, capsys):
     network = family(name, OTHERS[name])
     own = network.config._attn_implementation
-    assert not share_prompts(network, Config(model=name))
+    assert not share_prompts(network, name)
     assert "computes a prompt once for each completion" in capsys.readouterr().out
     assert network.config._attn_implementation == own
 
@@ -85,7 +84,7 @@ def test_who_cannot_share_says_so_and_stays_as_it_was(name, capsys):
 def test_a_head_that_does_more_than_is_known_is_noticed(capsys):
     network = family("llama", {})
     network.lm_head.register_forward_hook(lambda *args: args[2] + torch.arange(99))
-    assert share_prompts(network, Config()), "a hook is part of the head, and runs in both ways"
+    assert share_prompts(network, "it"), "a hook is part of the head, and runs in both ways"
     plain = type(network).forward
 
     class Scaled(type(network)):
@@ -95,7 +94,7 @@ def test_a_head_that_does_more_than_is_known_is_noticed(capsys):
             return output
 
     network.__class__ = Scaled
-    assert not share_prompts(network, Config())
+    assert not share_prompts(network, "it")
     assert "would be off by" in capsys.readouterr().out
 
 
@@ -104,7 +103,7 @@ def test_exact_kl_through_the_fast_way():
     with torch.no_grad():
         for p in reference.parameters():
             p += 0.05 * torch.randn_like(p)
-    assert share_prompts(network, Config()) and share_prompts(reference, Config())
+    assert share_prompts(network, "it") and share_prompts(reference, "it")
     (plain, plain_gradient), (fast, fast_gradient) = both(network, reference=reference)
     assert fast[2].min() > 0.001
     torch.testing.assert_close(plain[2], fast[2], rtol=1e-3, atol=1e-4)
@@ -114,7 +113,7 @@ def test_exact_kl_through_the_fast_way():
 def test_each_prompt_is_computed_once_and_no_padding_at_all():
     """The issue's point, in tokens: 4 prompts of 3, 1, 4 and 12 and 13 completion tokens that predict another one."""
     network = family("llama", {})
-    assert share_prompts(network, Config())
+    assert share_prompts(network, "it")
     seen = []
     network.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
     list(both(network))
@@ -125,9 +124,9 @@ def test_each_prompt_is_computed_once_and_no_padding_at_all():
 
 def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
     """Faults 11: with pieces of 4 tokens nothing of the vocabulary's width but the head itself is alive afterwards."""
-    monkeypatch.setitem(model_module.LOGITS_AT_A_TIME, "cpu", 4 * 99)
+    monkeypatch.setitem(log_probs.LOGITS_AT_A_TIME, "cpu", 4 * 99)
     network = family("llama", {})
-    assert share_prompts(network, Config())
+    assert share_prompts(network, "it")
     e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
     kept = []
     for share in (False, True):
@@ -141,7 +140,7 @@ def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
 
 def test_without_moments_only_the_log_probabilities_have_a_gradient():
     network = family("llama", {})
-    assert share_prompts(network, Config())
+    assert share_prompts(network, "it")
     e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
     arguments = e.sequences, e.attention_mask, e.num_actions
     for share in (False, True):

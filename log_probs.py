@@ -1,0 +1,275 @@
+"""Token log-probabilities: what a model says of its own completions, prompts once and logits in pieces.
+
+Two ways to the same numbers. The plain one is a padded batch through the model's own forward, for any causal language
+model. The fast one (`share=True`) lays completions beside each other behind the prompt that they share, in one row
+without padding: our attention, put in the place of transformers' `sdpa`, lets each of them see the prompt and itself.
+And the head is applied in pieces which the backward pass computes again, so that no (tokens × V) tensor is kept.
+`share_prompts` tries on each model, before anything is trained, whether the fast way says what the plain one says.
+
+V is the vocabulary's size; the other letters are those of replay_buffer.py.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from replay_buffer import Experience, pad_batch
+
+# The largest piece of fp32 logits that is alive at a time, in numbers. On a CPU 24 MB: from 32 MB on malloc asks the
+# system for every single tensor, which takes longer than the arithmetic. On a GPU 256 MB, since every piece adds a
+# gradient of the head's own size to the one before.
+LOGITS_AT_A_TIME = {"cpu": 6 * 2**20, "cuda": 2**26}
+SHARED = "shared_prompt"  # our attention's name in transformers' table
+FAR = 2**31  # the position of padding: later than any token, so that none sees it
+LOWEST = -1e30  # log-probability of a masked token; with −inf the entropy and its gradient would have 0 × inf
+
+
+class Policy(nn.Module):
+    """A language model that is asked for the log-probabilities of its completions.
+
+    The module that Accelerate prepares is this one, so precision (and, with several processes, gradient exchange)
+    act on the whole computation and not on the logits, which never leave it.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, share: bool = False, moments: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.moments = moments  # whether entropies and exact KL need a gradient
+        self.share = share  # what `share_prompts` says of the model
+
+    def forward(self, experience: Experience, reference: "Policy | None" = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `sequences_log_probs` says of each completion token; with `reference`, its exact KL too."""
+        return sequences_log_probs(
+            self.model, experience.sequences, experience.attention_mask, experience.num_actions, self.temperature,
+            None if reference is None else reference.model, self.share, self.moments,
+        )  # fmt: skip
+
+
+def sequences_log_probs(
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int, temperature: float = 1.0,
+    reference: nn.Module | None = None, share: bool = False, moments: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-probabilities of the last `num_actions` tokens of each sequence, and the entropies beside them.
+
+    Args:
+        model: a causal language model.
+        sequences: int64 (B, P + C); attention_mask: bool (B, P + C).
+        num_actions: C.
+        temperature: what the sampler divided its logits by.
+        reference: a model with the same vocabulary, for the KL.
+        share: the fast way to the same numbers, for models that `share_prompts` has found to take it: neighbours
+            with the same prompt compute it once, and no logits are kept for the backward pass.
+        moments: whether entropies and KL shall have a gradient.
+    Returns:
+        log-probabilities, entropies in nats, and KL(model ‖ reference) over the whole vocabulary (0 without a
+        reference), all float32 (B, C). Where there is no token, anything.
+    """
+    tokens = sequences[:, -num_actions:].flatten()
+    if not share:
+        logits = completion_logits(model, sequences, attention_mask, num_actions).flatten(0, 1)
+        with torch.no_grad():
+            others = reference and completion_logits(reference, sequences, attention_mask, num_actions).flatten(0, 1)
+        found = token_log_probs(logits, tokens, temperature, others, moments=moments)
+        return tuple(x.view(-1, num_actions) for x in found)
+    row, others = one_row(sequences, attention_mask, num_actions), {}
+    if reference is not None:
+        with torch.no_grad():
+            others = {"reference": last_states(reference, row, sequences), "reference_head": Head(reference)}
+    states = last_states(model, row, sequences)
+    found = token_log_probs(states, tokens[row.tokens], temperature, head=Head(model), moments=moments, **others)
+    blank = torch.zeros(len(tokens), device=tokens.device)
+    return tuple(blank.index_put((row.tokens,), x).view(-1, num_actions) for x in found)
+
+
+def completion_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
+    """The logits (B, C, V) that the last `num_actions` tokens of each sequence were read off.
+
+    The causal shift is here and in `one_row`, and nowhere else: the logits at position t are about the token at
+    t + 1, so the completion in columns P … P+C-1 is read off the logits at P-1 … P+C-2. No other logits are computed.
+    """
+    width = sequences.shape[1]
+    positions = torch.arange(width - num_actions - 1, width - 1, device=sequences.device)
+    inputs = {"input_ids": sequences, "attention_mask": attention_mask.long(), "use_cache": False}
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        return model(**inputs, logits_to_keep=positions).logits
+    return model(**inputs).logits[:, positions]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Completions of the same prompts in one row of T tokens: each prompt once, no padding, no last tokens.
+
+        source        prompt prompt | answer answer | answer | prompt | answer …
+        positions        0      1        2      3       2        0       1
+
+    The last token of a completion predicts nothing, so it is not there. N completion tokens are predicted in all.
+    """
+
+    source: Tensor  # int64 (1, T): the place in the (B, P + C) sequences
+    positions: Tensor  # int64 (1, T): each completion's go on from its prompt's
+    # Which places of the row (N, A) attend to which (N, S), as far as their positions allow; -1: padding. Two of them:
+    # the prompts to themselves, the completions to their prompt and themselves.
+    contexts: list[tuple[Tensor, Tensor]]
+    back: Tensor  # int64 (T,): the place of each token in what comes out of the contexts
+    read: Tensor  # int64 (N,): the place in the row whose state each completion token is predicted from
+    tokens: Tensor  # int64 (N,): the place of that token in the (B, C) completions
+
+
+def one_row(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Row:
+    """Lay out neighbours with the same prompt behind it; arguments as those of `sequences_log_probs`."""
+    width, device = sequences.shape[1], sequences.device
+    edge = width - num_actions  # P
+    real = torch.where(attention_mask, sequences, -1)[:, :edge]
+    known = [False, *(real[1:] == real[:-1]).all(-1).tolist()]
+    lengths = (part.sum(-1).tolist() for part in attention_mask.split([edge, num_actions], -1))
+    source, positions, prompts, completions, seen, read, tokens = [], [], [], [], [], [], []
+    for i, (prompt, completion) in enumerate(zip(*lengths, strict=True)):
+        start = i * width + edge
+        if not known[i]:
+            prompts.append(range(len(source), len(source) + prompt))
+            source += range(start - prompt, start)
+            positions += range(prompt)
+        own = range(len(source), len(source) + completion - 1)
+        source += range(start, start + completion - 1)
+        positions += range(prompt, prompt + completion - 1)
+        completions.append(own)
+        seen.append([*prompts[-1], *own])
+        read += [prompts[-1][-1], *own]  # the causal shift
+        tokens += range(i * num_actions, i * num_actions + completion)
+
+    def table(rows: list[Sequence[int]]) -> Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
+
+    contexts = [(table(prompts), table(prompts)), (table(completions), table(seen))]
+    places = torch.cat([asks.flatten() for asks, _ in contexts])
+    back = torch.empty(len(source), dtype=torch.long, device=device)
+    back[places[places >= 0]] = (places >= 0).nonzero().squeeze(-1)
+    source, positions, read, tokens = (torch.tensor(x, device=device) for x in (source, positions, read, tokens))
+    return Row(source[None], positions[None], contexts, back, read, tokens)
+
+
+def shared_prompt_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    row: Row | None = None, **settings: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention in the layout of `Row`: query (1, H, T, D), key and value alike, the result (1, T, H, D).
+
+    Transformers calls it in the place of its own `sdpa`, which does the work, and all of it where there is no row.
+    """
+    if row is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    window = settings.get("sliding_window") or query.shape[2]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    results = []
+    for asks, sees in row.contexts:
+        mine, theirs = row.positions[0][asks], torch.where(sees < 0, FAR, row.positions[0][sees])
+        distance = mine[:, None, :, None] - theirs[:, None, None, :]
+        picked = (
+            x.index_select(0, places.clamp(min=0).flatten()).unflatten(0, places.shape).transpose(1, 2)
+            for x, places in ((query, asks), (key, sees), (value, sees))
+        )
+        result, _ = sdpa_attention_forward(module, *picked, (distance >= 0) & (distance < window), **settings)
+        results.append(result.flatten(0, 1))
+    return torch.cat(results).index_select(0, row.back)[None], None
+
+
+def last_states(model: nn.Module, row: Row, sequences: Tensor) -> Tensor:
+    """The hidden states that the completion tokens are predicted from, (N, hidden size)."""
+    assert model.config._attn_implementation == SHARED, "share_prompts comes first"
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=sequences.device)  # keeps the model from making a mask
+    output = model.base_model(
+        input_ids=sequences.flatten()[row.source], position_ids=row.positions, attention_mask=nothing, use_cache=False,
+        row=row,
+    )  # fmt: skip
+    return output.last_hidden_state[0].index_select(0, row.read)
+
+
+class Head:
+    """What a language model makes of its last hidden states: logits over V tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config = vars(model.config.get_text_config())
+        self.linear = model.get_output_embeddings()
+        self.scale = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)  # Cohere; Granite
+        self.cap = config.get("final_logit_softcapping")  # Gemma
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits (N, V) of states (N, hidden size)."""
+        logits = self.linear(states) * self.scale if self.scale != 1 else self.linear(states)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def token_log_probs(
+    states: Tensor, tokens: Tensor, temperature: float, reference: Tensor | None = None,
+    head: Head | None = None, reference_head: Head | None = None, moments: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-softmax of logits over temperature, read at `tokens` (N,); its entropy; its KL to the reference's.
+
+    `states` and `reference` are what the heads make logits of, or, without heads, logits (N, V). All results float32
+    (N,); `moments`: whether the entropy and the KL have a gradient. In pieces that are computed again in the backward
+    pass, so that a full fp32 copy of the logits (with heads, any copy) is never alive. Without a reference the KL is 0.
+    """
+
+    def log_softmax(states: Tensor, head: Head | None) -> Tensor:
+        logits = (head(states) if head else states).float()
+        return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+
+    def piece(states: Tensor, tokens: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        log_probs = log_softmax(states, head)
+        with torch.set_grad_enabled(moments and torch.is_grad_enabled()):
+            finite = log_probs.clamp(min=LOWEST)
+            probs = finite.exp()
+            entropy = -(probs * finite).sum(-1)
+            kl = torch.zeros_like(entropy)
+            if others is not None:
+                kl = -entropy - (probs * log_softmax(others, reference_head).clamp(min=LOWEST)).sum(-1)
+        return log_probs.gather(-1, tokens[:, None]).squeeze(-1), entropy, kl
+
+    vocabulary = head.linear.weight.shape[0] if head else states.shape[-1]
+    rows = max(1, LOGITS_AT_A_TIME[states.device.type] // vocabulary)
+    pieces = states.split(rows), tokens.split(rows)
+    others = [None] * len(pieces[0]) if reference is None else reference.split(rows)
+    found = (checkpoint(piece, *args, use_reentrant=False) for args in zip(*pieces, others, strict=True))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def share_prompts(model: nn.Module, name: str) -> bool:
+    """Let `sequences_log_probs` share prompts, if it may: tried on a few tokens against the plain way; says so if not.
+
+    Not, for example: models with a recurrent state, with ALiBi, with attention that is not sdpa, with a head that does
+    more than `Head` knows.
+    """
+    own = model.config._attn_implementation
+    rows = [([1, 2, 3], [4, 5]), ([1, 2, 3], [6, 7, 8, 3]), ([1, 2, 3], [5]), ([4, 2, 9, 1, 7], [3, 3, 8])]
+    e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in rows])
+    arguments = e.sequences, e.attention_mask, e.num_actions
+    try:
+        with torch.no_grad():
+            plain = sequences_log_probs(model, *arguments)[0]
+            AttentionInterface.register(SHARED, shared_prompt_attention)
+            AttentionMaskInterface.register(SHARED, sdpa_mask)
+            model.set_attn_implementation(SHARED)
+            if model.config._attn_implementation != SHARED:
+                raise ValueError("its attention cannot be exchanged")
+            gap = (plain - sequences_log_probs(model, *arguments, share=True)[0])[e.action_mask].abs().max().item()
+        reason = f"its log-probabilities would be off by {gap:.2g}"
+        fine = gap < (1e-3 if model.dtype == torch.float32 else 0.1)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason, fine = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}", False
+    if not fine:
+        model.set_attn_implementation(own)
+        print(f"{name} computes a prompt once for each completion ({reason}): slower, the numbers are the same")
+    return fine
