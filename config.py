@@ -116,7 +116,8 @@ class Config:
     # Optimization
     train_batch_size: int = knob(16, "sequences per optimizer step (tutorial)")
     micro_batch_size: int | None = knob(
-        None, "sequences per forward pass, or auto, all: halved whenever a GPU's memory is full; never the mathematics"
+        None,
+        "sequences per forward pass (auto: train_batch_size), halved if a GPU's memory is full; never the mathematics",
     )
     epochs_per_step: int = knob(1, "passes over each rollout (tutorial)")
     optimizer: str = knob("adamw", "adamw, or adamw_8bit (bitsandbytes, CUDA: a quarter of the optimizer's memory)")
@@ -160,11 +161,6 @@ class Config:
             )
         if not all(map(math.isfinite, self.reward_weights)):
             raise UserError(f"--reward_weights are {self.reward_weights}; each must be a finite number.")
-        if (self.micro_batch_size or 0) > self.train_batch_size:
-            raise UserError(
-                f"--micro_batch_size {self.micro_batch_size} is larger than --train_batch_size "
-                f"{self.train_batch_size}; an optimizer step is made of whole micro-batches, so make it smaller."
-            )
         if self.train_batch_size > self.sequences_per_step:
             raise UserError(
                 f"--train_batch_size {self.train_batch_size} is larger than the {self.sequences_per_step} sequences "
@@ -184,13 +180,11 @@ class Config:
     @property
     def arithmetic(self) -> str:
         """The sizes of one step, in a sentence."""
-        if self.micro_batch_size:
-            micro = math.ceil(self.train_batch_size / self.micro_batch_size)
-            pieces = f"{micro} micro-{plural(micro, 'batch', 'batches')} of {self.micro_batch_size}"
-        else:
-            pieces = "micro-batches as large as fit"
+        size = min(self.micro_batch_size or self.train_batch_size, self.train_batch_size)
+        micro = math.ceil(self.train_batch_size / size)
         epochs = f" in {self.epochs_per_step} epochs" if self.epochs_per_step > 1 else ""
         steps = f"{self.optimizer_steps} optimizer {plural(self.optimizer_steps, 'step')}"
+        pieces = f"{micro} micro-{plural(micro, 'batch', 'batches')} of {size}"
         return (
             f"{self.rollouts_per_step} questions × {self.group_size} completions = {self.sequences_per_step} sequences;"
             f" {steps} of {self.train_batch_size}{epochs} in {pieces}"
@@ -310,6 +304,8 @@ def typed(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"{where} is {value!r}; it must be a list.")
         return [typed(item, kinds[0], where) for item in value]
+    if value in (None, "auto") and type(None) in kinds and str not in kinds:
+        return None
     if (value is None and type(None) in kinds) or type(value) in kinds:
         return value
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
@@ -375,15 +371,23 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
     names = {f.name for f in dataclasses.fields(Config)}
     flags = {name: value for name, value in given.items() if name in names}
     config = Config(**{**settings, "preset": preset, **flags})
-    for name, value in flags.items():
-        if resume and name != "run_dir" and settings.get(name, value) != value:
-            before = "the objective's own" if settings[name] is None else settings[name]
-            print(f"changed on resume: {name} from {before} to {value}")
+    for name in flags if resume else ():
+        report_change(name, settings.get(name, flags[name]), flags[name])
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
+
+
+def report_change(name: str, before: Any, after: Any) -> None:
+    """Say that a run which is resumed goes on with another setting."""
+    if name != "run_dir" and before != after:
+        auto = "the objective's own" if name in COLUMNS else "auto"
+        before, after = (auto if value is None else value for value in (before, after))
+        print(f"changed on resume: {name} from {before} to {after}")
 
 
 def number_or_auto(text: str) -> int | None:
     """A whole number, or None for auto."""
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise UserError(f"--micro_batch_size is {text!r}; it must be a whole number or auto.")
     return None if text == "auto" else int(text)
 
 

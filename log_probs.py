@@ -5,11 +5,13 @@ model. The fast one (`share=True`) lays completions beside each other behind the
 without padding: our attention, put in the place of transformers' `sdpa`, lets each of them see the prompt and itself.
 And the head is applied in pieces which the backward pass computes again, so that no (tokens × V) tensor is kept.
 `share_prompts` tries on each model, before anything is trained, whether the fast way says what the plain one says.
+Who wants to understand GRPO can leave the fast way out: `sequences_log_probs` and `completion_logits` are all of it.
 
-V is the vocabulary's size; the other letters are those of replay_buffer.py.
+V is the vocabulary's size, N a number of completion tokens; the other letters are those of replay_buffer.py.
 """
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +25,9 @@ from transformers.masking_utils import sdpa_mask
 
 from replay_buffer import Experience, pad_batch
 
-# The largest piece of fp32 logits that is alive at a time, in numbers. On a CPU 24 MB: from 32 MB on malloc asks the
-# system for every single tensor, which takes longer than the arithmetic. On a GPU 256 MB, since every piece adds a
-# gradient of the head's own size to the one before.
+# Numbers in a piece of fp32 logits; a few tensors of that size are alive at a time. On a CPU 24 MB: from 32 MB on
+# malloc asks the system for every single tensor, which takes longer than the arithmetic. On a GPU 256 MB: the backward
+# pass of each piece makes a gradient as large as the head, so there should be few.
 LOGITS_AT_A_TIME = {"cpu": 6 * 2**20, "cuda": 2**26}
 SHARED = "shared_prompt"  # our attention's name in transformers' table
 FAR = 2**31  # the position of padding: later than any token, so that none sees it
@@ -74,20 +76,23 @@ def sequences_log_probs(
         reference), all float32 (B, C). Where there is no token, anything.
     """
     tokens = sequences[:, -num_actions:].flatten()
+    compared = {}  # what token_log_probs needs of the reference
     if not share:
         logits = completion_logits(model, sequences, attention_mask, num_actions).flatten(0, 1)
-        with torch.no_grad():
-            others = reference and completion_logits(reference, sequences, attention_mask, num_actions).flatten(0, 1)
-        found = token_log_probs(logits, tokens, temperature, others, moments=moments)
+        if reference is not None:
+            with torch.no_grad():
+                of_reference = completion_logits(reference, sequences, attention_mask, num_actions)
+            compared = {"reference": of_reference.flatten(0, 1)}
+        found = token_log_probs(logits, tokens, temperature, moments=moments, **compared)
         return tuple(x.view(-1, num_actions) for x in found)
-    row, others = one_row(sequences, attention_mask, num_actions), {}
+    row = one_row(sequences, attention_mask, num_actions)
     if reference is not None:
         with torch.no_grad():
-            others = {"reference": last_states(reference, row, sequences), "reference_head": Head(reference)}
+            compared = {"reference": last_states(reference, row, sequences), "reference_head": Head(reference)}
     states = last_states(model, row, sequences)
-    found = token_log_probs(states, tokens[row.tokens], temperature, head=Head(model), moments=moments, **others)
+    found = token_log_probs(states, tokens[row.targets], temperature, head=Head(model), moments=moments, **compared)
     blank = torch.zeros(len(tokens), device=tokens.device)
-    return tuple(blank.index_put((row.tokens,), x).view(-1, num_actions) for x in found)
+    return tuple(blank.index_put((row.targets,), x).view(-1, num_actions) for x in found)  # back to (B, C)
 
 
 def completion_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Tensor:
@@ -111,20 +116,22 @@ def completion_logits(model: nn.Module, sequences: Tensor, attention_mask: Tenso
 class Row:
     """Completions of the same prompts in one row of T tokens: each prompt once, no padding, no last tokens.
 
-        source        prompt prompt | answer answer | answer | prompt | answer …
-        positions        0      1        2      3       2        0       1
+        the row       p0 p1 | a2 a3 | b2 | …       of the prompt p0 p1 with the completions a2 a3 a4 and b2 b3
+        positions      0  1    2  3    2
+        attend to     p0 p1 see p0 p1; a2 a3 see p0 p1 a2 a3; b2 sees p0 p1 b2; each as far as its own position
+        predict       p1 → a2 (and b2), a2 → a3, a3 → a4, b2 → b3: the causal shift
 
     The last token of a completion predicts nothing, so it is not there. N completion tokens are predicted in all.
     """
 
     source: Tensor  # int64 (1, T): the place in the (B, P + C) sequences
     positions: Tensor  # int64 (1, T): each completion's go on from its prompt's
-    # Which places of the row (N, A) attend to which (N, S), as far as their positions allow; -1: padding. Two of them:
-    # the prompts to themselves, the completions to their prompt and themselves.
+    # Who attends to whom, as places in the row with -1 for padding: the prompts to themselves, both (prompts, longest),
+    # and the completions, (B, longest - 1), to their prompt and themselves, (B, longest of both).
     contexts: list[tuple[Tensor, Tensor]]
     back: Tensor  # int64 (T,): the place of each token in what comes out of the contexts
     read: Tensor  # int64 (N,): the place in the row whose state each completion token is predicted from
-    tokens: Tensor  # int64 (N,): the place of that token in the (B, C) completions
+    targets: Tensor  # int64 (N,): the place of that token in the (B, C) completions
 
 
 def one_row(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Row:
@@ -132,12 +139,12 @@ def one_row(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Row:
     width, device = sequences.shape[1], sequences.device
     edge = width - num_actions  # P
     real = torch.where(attention_mask, sequences, -1)[:, :edge]
-    known = [False, *(real[1:] == real[:-1]).all(-1).tolist()]
+    same_as_before = [False, *(real[1:] == real[:-1]).all(-1).tolist()]
     lengths = (part.sum(-1).tolist() for part in attention_mask.split([edge, num_actions], -1))
-    source, positions, prompts, completions, seen, read, tokens = [], [], [], [], [], [], []
+    source, positions, prompts, completions, seen, read, targets = [], [], [], [], [], [], []
     for i, (prompt, completion) in enumerate(zip(*lengths, strict=True)):
-        start = i * width + edge
-        if not known[i]:
+        start = i * width + edge  # of the completion, in the sequences
+        if not same_as_before[i]:
             prompts.append(range(len(source), len(source) + prompt))
             source += range(start - prompt, start)
             positions += range(prompt)
@@ -146,8 +153,9 @@ def one_row(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Row:
         positions += range(prompt, prompt + completion - 1)
         completions.append(own)
         seen.append([*prompts[-1], *own])
-        read += [prompts[-1][-1], *own]  # the causal shift
-        tokens += range(i * num_actions, i * num_actions + completion)
+        # The causal shift: the first token is predicted from the prompt's last place, each other from the one before.
+        read += [prompts[-1][-1], *own]
+        targets += range(i * num_actions, i * num_actions + completion)
 
     def table(rows: list[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))
@@ -157,8 +165,8 @@ def one_row(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Row:
     places = torch.cat([asks.flatten() for asks, _ in contexts])
     back = torch.empty(len(source), dtype=torch.long, device=device)
     back[places[places >= 0]] = (places >= 0).nonzero().squeeze(-1)
-    source, positions, read, tokens = (torch.tensor(x, device=device) for x in (source, positions, read, tokens))
-    return Row(source[None], positions[None], contexts, back, read, tokens)
+    source, positions, read, targets = (torch.tensor(x, device=device) for x in (source, positions, read, targets))
+    return Row(source[None], positions[None], contexts, back, read, targets)
 
 
 def shared_prompt_attention(
@@ -171,11 +179,16 @@ def shared_prompt_attention(
     """
     if row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    window = settings.get("sliding_window") or query.shape[2]
+    if settings.get("softcap") is not None:
+        raise ValueError("sdpa does not cap its scores")  # some versions of transformers leave that out in silence
+    window = settings.get("sliding_window") or query.shape[2]  # without one, as far as the row goes
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     results = []
     for asks, sees in row.contexts:
-        mine, theirs = row.positions[0][asks], torch.where(sees < 0, FAR, row.positions[0][sees])
+        if not asks.numel():  # completions of one token each: nothing of them is in the row
+            continue
+        mine = row.positions[0][asks.clamp(min=0)]  # padding asks as the first token, so that it sees something
+        theirs = torch.where(sees < 0, FAR, row.positions[0][sees])
         distance = mine[:, None, :, None] - theirs[:, None, None, :]
         picked = (
             x.index_select(0, places.clamp(min=0).flatten()).unflatten(0, places.shape).transpose(1, 2)
@@ -189,9 +202,9 @@ def shared_prompt_attention(
 def last_states(model: nn.Module, row: Row, sequences: Tensor) -> Tensor:
     """The hidden states that the completion tokens are predicted from, (N, hidden size)."""
     assert model.config._attn_implementation == SHARED, "share_prompts comes first"
-    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=sequences.device)  # keeps the model from making a mask
+    no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=sequences.device)  # keeps the model from making one
     output = model.base_model(
-        input_ids=sequences.flatten()[row.source], position_ids=row.positions, attention_mask=nothing, use_cache=False,
+        input_ids=sequences.flatten()[row.source], position_ids=row.positions, attention_mask=no_mask, use_cache=False,
         row=row,
     )  # fmt: skip
     return output.last_hidden_state[0].index_select(0, row.read)
@@ -203,8 +216,8 @@ class Head:
     def __init__(self, model: nn.Module) -> None:
         config = vars(model.config.get_text_config())
         self.linear = model.get_output_embeddings()
-        self.scale = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)  # Cohere; Granite
-        self.cap = config.get("final_logit_softcapping")  # Gemma
+        self.scale = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)  # Cohere's; Granite's
+        self.cap = config.get("final_logit_softcapping")  # Gemma's
 
     def __call__(self, states: Tensor) -> Tensor:
         """Logits (N, V) of states (N, hidden size)."""
@@ -223,37 +236,43 @@ def token_log_probs(
     pass, so that a full fp32 copy of the logits (with heads, any copy) is never alive. Without a reference the KL is 0.
     """
 
-    def log_softmax(states: Tensor, head: Head | None) -> Tensor:
+    def normalized(states: Tensor, head: Head | None) -> Tensor:
         logits = (head(states) if head else states).float()
         return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
 
     def piece(states: Tensor, tokens: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        log_probs = log_softmax(states, head)
+        log_probs = normalized(states, head)
         with torch.set_grad_enabled(moments and torch.is_grad_enabled()):
             finite = log_probs.clamp(min=LOWEST)
             probs = finite.exp()
             entropy = -(probs * finite).sum(-1)
             kl = torch.zeros_like(entropy)
             if others is not None:
-                kl = -entropy - (probs * log_softmax(others, reference_head).clamp(min=LOWEST)).sum(-1)
+                kl = -entropy - (probs * normalized(others, reference_head).clamp(min=LOWEST)).sum(-1)
         return log_probs.gather(-1, tokens[:, None]).squeeze(-1), entropy, kl
 
     vocabulary = head.linear.weight.shape[0] if head else states.shape[-1]
-    rows = max(1, LOGITS_AT_A_TIME[states.device.type] // vocabulary)
-    pieces = states.split(rows), tokens.split(rows)
-    others = [None] * len(pieces[0]) if reference is None else reference.split(rows)
+    size = max(1, LOGITS_AT_A_TIME[states.device.type] // vocabulary)
+    pieces = states.split(size), tokens.split(size)
+    others = [None] * len(pieces[0]) if reference is None else reference.split(size)
     found = (checkpoint(piece, *args, use_reentrant=False) for args in zip(*pieces, others, strict=True))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def share_prompts(model: nn.Module, name: str) -> bool:
+def share_prompts(model: nn.Module, name: str, longest: int) -> bool:
     """Let `sequences_log_probs` share prompts, if it may: tried on a few tokens against the plain way; says so if not.
 
     Not, for example: models with a recurrent state, with ALiBi, with attention that is not sdpa, with a head that does
-    more than `Head` knows.
+    more than `Head` knows. Both ways under our attention are compared with the plain one before it. `longest`: tokens
+    of prompt and completion; where the config has a window, a chunk or a top-k below that, one row is longer than it.
     """
-    own = model.config._attn_implementation
+    own, settings = model.config._attn_implementation, vars(model.config.get_text_config())
+    limits = [
+        v for k, v in settings.items() if re.search("window|chunk|topk", k) and type(v) is int and 0 < v < longest
+    ]
     rows = [([1, 2, 3], [4, 5]), ([1, 2, 3], [6, 7, 8, 3]), ([1, 2, 3], [5]), ([4, 2, 9, 1, 7], [3, 3, 8])]
+    if limits:
+        rows.append(([1 + t % 9 for t in range(max(limits))], [3, 1, 4, 1, 5, 9, 2, 6]))
     e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in rows])
     arguments = e.sequences, e.attention_mask, e.num_actions
     try:
@@ -264,7 +283,8 @@ def share_prompts(model: nn.Module, name: str) -> bool:
             model.set_attn_implementation(SHARED)
             if model.config._attn_implementation != SHARED:
                 raise ValueError("its attention cannot be exchanged")
-            gap = (plain - sequences_log_probs(model, *arguments, share=True)[0])[e.action_mask].abs().max().item()
+            ways = [sequences_log_probs(model, *arguments, share=share)[0] for share in (False, True)]
+        gap = max((plain - way)[e.action_mask].abs().max().item() for way in ways)
         reason = f"its log-probabilities would be off by {gap:.2g}"
         fine = gap < (1e-3 if model.dtype == torch.float32 else 0.1)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -68,14 +68,21 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
     return model.eval()
 
 
-def decoding_copy(model: nn.Module) -> nn.Module:
+@torch.no_grad()
+def decoding_copy(model: nn.Module, name: str) -> nn.Module | None:
     """The model again in bf16, to sample from: half the bytes for each token, and no autocast between its operations.
 
-    Its buffers stay as they are: rotary frequencies in bf16 would put late tokens in wrong places.
+    Its buffers stay as they are: rotary frequencies in bf16 would put late tokens in wrong places. None for models that
+    do not take that (XGLM); those are sampled from in fp32.
     """
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     for parameter in twin.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
+    try:
+        twin(input_ids=torch.tensor([[1, 2, 3]], device=twin.device))
+    except RuntimeError as error:
+        print(f"{name} cannot be sampled from in bf16 ({' '.join(str(error).split())[:80]}): fp32, slower")
+        return None
     return twin
 
 

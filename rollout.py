@@ -28,6 +28,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data import Question
 
@@ -103,7 +104,10 @@ def complete(
 def decode(
     model: nn.Module, prompts: list[list[int]], sampling: Sampling, settings: GenerationConfig
 ) -> list[tuple[list[int], list[float]]]:
-    """The new tokens of one batch, and the log-probability of each (none if greedy); after an end token, padding."""
+    """The new tokens of one batch, and the log-probability of each (none if greedy); after an end token, anything.
+
+    Each turn of the loop is a call of generate that goes on where the one before stopped, with the rows that go on.
+    """
     input_ids, attention_mask = pad_left(prompts, settings.pad_token_id, model.device)
     cache = read_prompts(model, input_ids, attention_mask)
     tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
@@ -139,11 +143,14 @@ def decode(
 def read_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Cache | None:
     """Keys and values of all prompt tokens but the last, each different prompt computed once; (B, …) as the prompts.
 
-    None for models whose state is not a cache of keys and values (Mamba): those read every row, and none leaves early.
+    The last one is left for generate, which wants something to read. None for models whose state is more than keys and
+    values (Mamba, LFM2), which could not be repeated and picked from by row: those read all, and no row leaves early.
     """
-    if model._is_stateful:
+    if model._is_stateful or not model._supports_default_dynamic_cache():  # private, and what generate itself asks
         return None
     cache = DynamicCache(config=model.config)
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return None
     width = input_ids.shape[1]
     if width > 1:
         different, place = torch.unique(torch.cat([input_ids, attention_mask], -1), dim=0, return_inverse=True)
@@ -188,10 +195,11 @@ def pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[
 
 
 class Draw(LogitsProcessor):
-    """Draws the next token of each row and leaves generate no other one; notes the log-probability it was drawn with.
+    """Draws the next token of each row, hides all others from generate, and notes the log-probability of the draw.
 
-    It stands last in generate's list. One random number decides, first among blocks of the vocabulary, then inside one,
-    cumulated in double, so that the tail of a large vocabulary keeps its share.
+    It stands last in generate's list, which then takes the best, and only, token left. The draw inverts the cumulated
+    distribution: one random number, first among blocks of the vocabulary, then inside one; in double, so that the tail
+    of a large vocabulary keeps its share.
     """
 
     def __init__(self) -> None:
@@ -216,6 +224,8 @@ class Draw(LogitsProcessor):
 
 def passed(weights: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """Where the cumulated `weights` (B, K) pass `point` (B, 1), never at a weight of 0; and what is left of the point.
+
+    With a random point this draws in proportion to the weights (the inverse of their cumulated distribution).
 
     float64 in; int64 (B, 1) and float64 (B, 1) out.
     """

@@ -256,7 +256,7 @@ def passes(
 ) -> tuple[list[Experience], list[Tensor]]:
     """The passes of `recall`: the experiences with what was asked for, and the entropies beside them."""
     ready, entropies = [], []
-    for items in batches(fresh, FORWARD_ONLY * size):
+    for items in batches(fresh, FORWARD_ONLY * size if size > 1 else 1):
         batch = pad_batch(items).to(t.accelerator.device)
         policy = [x.cpu() for x in t.policy(batch)] if old or entropy else []
         log_probs_ref = t.reference(batch)[0].cpu() if ref else None
@@ -443,7 +443,8 @@ def build(config: Config, resume: str | None) -> Trainer:
     model = load_model(str(saved or config.model), config.precision, config.gradient_checkpointing)
     check_model(model, tokenizer, config)
     reference = load_model(config.model, config.precision) if loss.objective.kl_weight > 0 else None
-    share = share_prompts(model, config.model) and (reference is None or share_prompts(reference, config.model))
+    both = [network for network in (model, reference) if network is not None]
+    share = all(share_prompts(n, config.model, config.max_prompt_tokens + config.max_new_tokens) for n in both)
     policy = Policy(model, config.temperature, share, loss.objective.needs_moments)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(model, config))
     if reference is not None:
@@ -456,10 +457,10 @@ def build(config: Config, resume: str | None) -> Trainer:
             group["weight_decay"] = config.weight_decay
     stream = QuestionStream(questions, config.seed, state.position if state else 0)
     step = state.step if state else 0
-    twin = decoding_copy(model) if config.precision == "bf16" else None
+    twin = decoding_copy(model, config.model) if config.precision == "bf16" else None
     return Trainer(
         config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, Monitor(), step,
-        config.micro_batch_size or config.train_batch_size, twin,
+        min(config.micro_batch_size or config.train_batch_size, config.train_batch_size), twin,
     )  # fmt: skip
 
 

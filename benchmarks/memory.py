@@ -176,7 +176,7 @@ def measure_one(task: dict) -> dict:
     if WAYS[task["way"]][0]:
         from log_probs import share_prompts
 
-        assert share_prompts(model, "the model"), "cannot share prompts"
+        assert share_prompts(model, "the model", task["length"]), "cannot share prompts"
     check(model, task["way"], task["vocabulary"], device)
     clear(model)
     batch = make_batch(task["length"], task["vocabulary"], device)

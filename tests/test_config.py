@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import train
-from config import PRESETS, Config, parse_config
+from config import PRESETS, Config, parse_config, report_change
 from errors import UserError
 from loss import OBJECTIVES, Objective
 
@@ -57,8 +57,7 @@ def test_the_tutorials_numbers():
     assert (row.clip_eps, row.eps_high, row.kl_weight, row.kl_estimator) == (0.2, 0.2, 0.01, "k3")
     assert c.max_prompt_tokens + c.max_new_tokens == 1024 and c.checkpoint_interval == 20
     assert (
-        c.arithmetic
-        == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in micro-batches as large as fit"
+        c.arithmetic == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in 1 micro-batch of 16"
     )
 
 
@@ -107,7 +106,7 @@ BAD = [
     (["--objective", "grpo", "--clip_ratio_c", "1.1"], "it must be more than 1 + clip_eps_high = 1.2"),
     (["--objective", "dr_grpo", "--kl_estimator", "k2"], "mean nothing without a KL"),
     (["--seed", "-1"], "--seed is -1"),
-    (["--micro_batch_size", "512"], "--micro_batch_size 512 is larger than --train_batch_size 256"),
+    (["--micro_batch_size", "banana"], "--micro_batch_size is 'banana'; it must be a whole number or auto."),
     (["--train_batch_size", "999", "--micro_batch_size", "1"], "larger than the 256 sequences of a rollout"),
     (["--model", "tiny/task"], "Cannot load the"),
     (["--model", "no/such-model"], "Cannot load the tokenizer 'no/such-model'"),
@@ -187,3 +186,22 @@ def test_a_full_disk_leaves_the_saved_config_whole(tmp_path, monkeypatch):
         Config(preset="tiny", seed=7).save(tmp_path / "config.yaml")
     assert (tmp_path / "config.yaml").read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_auto_in_a_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("preset: tiny\nmicro_batch_size: auto\n")
+    assert parse_config(["--config", str(tmp_path / "c.yaml")])[0].micro_batch_size is None
+
+
+def test_a_micro_batch_larger_than_the_batch_is_the_batch():
+    """The README's recipe for several optimizer steps on the bundled task, whose preset has micro-batches of 128."""
+    config, _ = parse_config(["--preset=tiny", "--train_batch_size=64"])
+    assert config.arithmetic.endswith("4 optimizer steps of 64 in 1 micro-batch of 64")
+
+
+def test_auto_is_called_auto_on_resume(capsys):
+    report_change("micro_batch_size", 64, None)
+    report_change("clip_eps", None, 0.3)
+    report_change("lr", 1e-5, 1e-5)
+    said = "micro_batch_size from 64 to auto\nchanged on resume: clip_eps from the objective's own to 0.3\n"
+    assert capsys.readouterr().out == "changed on resume: " + said

@@ -8,7 +8,7 @@ import log_probs as log_probs_module
 from config import Config
 from errors import UserError
 from log_probs import Policy, sequences_log_probs
-from model import build_accelerator, check_model, load_model, load_tokenizer
+from model import build_accelerator, check_model, decoding_copy, load_model, load_tokenizer
 from replay_buffer import Experience, pad_batch
 
 # 2 is the end token, 0 is what pad_batch pads with: both are real tokens too.
@@ -166,3 +166,11 @@ def test_precision(precision, weights, arithmetic):
 def test_a_preset_for_a_gpu_says_what_runs_without_one():
     with pytest.raises(UserError, match="--preset tiny runs on any machine"):
         build_accelerator(Config())
+
+
+def test_a_model_that_bf16_breaks_is_sampled_from_in_fp32(model, capsys):
+    """XGLM adds a position table in fp32 to what its embeddings say."""
+    assert decoding_copy(model, "it") is not None and not capsys.readouterr().out
+    model.model.embed_tokens.register_forward_hook(lambda *args: args[2].float())
+    assert decoding_copy(model, "it") is None
+    assert "cannot be sampled from in bf16" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from replay_buffer import Experience, ReplayBuffer, batches, pad_batch
+from replay_buffer import Experience, ReplayBuffer, batches, neighbours, pad_batch
 
 END = PAD = 2  # the same id, and it stands inside the prompts too
 
@@ -61,3 +61,10 @@ def test_batches_and_refusals():
         ReplayBuffer().append(Experience.of([1, 2], [], returns=0.0, advantage=0.0))
     with pytest.raises(AssertionError, match="single completions"):
         ReplayBuffer().append(pad_batch(experiences()))
+
+
+def test_neighbours_stand_together_and_grow():
+    """Two prompts with as many tokens in all are not mixed; the smallest group comes first."""
+    rows = [([7, 7], [1] * 3), ([8, 8], [1] * 3), ([7, 7], [1]), ([8, 8], [1]), ([9], [1])]
+    found = neighbours([Experience.of(*row, 0.0, 0.0) for row in rows])
+    assert found == [4, 2, 0, 3, 1]

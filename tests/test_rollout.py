@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from config import located
 from data import Question, load_questions, with_prompts
@@ -191,3 +191,28 @@ def test_all_end_tokens_count(model, tokenizer):
     assert end_tokens(model, tokenizer) == sorted({9, 4, tokenizer.eos_token_id})
     model.generation_config.eos_token_id = None
     assert end_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_cache_that_holds_more_than_keys_and_values(tokenizer):
+    """LFM2's convolutions keep a state that cannot be picked from by row; its class does not say `_is_stateful`."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    network = Lfm2ForCausalLM(config).eval()
+    prompts = [[9, 6, 7], [5, 6, 4], [9, 6, 7]]
+    done = complete(network, tokenizer, prompts, Sampling(6, 0.0))
+    assert [c.ids for c in done] == [plain_greedy(network, p, tokenizer.eos_token_id, 6) for p in prompts]
+
+
+def test_the_pad_token_as_a_prompts_own(tokenizer):
+    """Only the mask tells [pad] 5 9 from 5 9 when prompts are read once; and any of several end tokens ends a row."""
+    network = load_model("tiny/model", "fp32")
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    prompts = [[pad, 5, 9], [5, 9], [pad, pad, 5, 9], [pad], [end, 5, end, 9]]
+    for size in (1, 64):
+        for prompt, c in zip(
+            prompts, complete(network, tokenizer, prompts, Sampling(20, 0.0, batch_size=size)), strict=True
+        ):
+            assert c.ids == plain_greedy(network, prompt, end, 20)

@@ -46,9 +46,9 @@ def family(name, given):
     return network
 
 
-def both(network, temperature=0.7, reference=None):
+def both(network, temperature=0.7, reference=None, rows=ROWS):
     """Results and gradient of the plain way and of the fast one, on the same network."""
-    e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
+    e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in rows])
     weights = torch.randn(2, *e.action_mask.shape, generator=torch.Generator().manual_seed(1)) * e.action_mask
     for share in (False, True):
         network.zero_grad()
@@ -64,7 +64,7 @@ def test_sharing_prompts_changes_nothing(name, monkeypatch):
     """Log-probabilities, entropies and gradient; with the head in many pieces. Windows are shorter than the rows."""
     monkeypatch.setitem(log_probs.LOGITS_AT_A_TIME, "cpu", 300)
     network = family(name, FAMILIES[name])
-    assert share_prompts(network, name), "must be one of those that can"
+    assert share_prompts(network, name, 64), "must be one of those that can"
     (plain, plain_gradient), (fast, fast_gradient) = both(network)
     for a, b in zip(plain, fast, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -76,7 +76,7 @@ def test_sharing_prompts_changes_nothing(name, monkeypatch):
 def test_who_cannot_share_says_so_and_stays_as_it_was(name, capsys):
     network = family(name, OTHERS[name])
     own = network.config._attn_implementation
-    assert not share_prompts(network, name)
+    assert not share_prompts(network, name, 64)
     assert "computes a prompt once for each completion" in capsys.readouterr().out
     assert network.config._attn_implementation == own
 
@@ -84,7 +84,7 @@ def test_who_cannot_share_says_so_and_stays_as_it_was(name, capsys):
 def test_a_head_that_does_more_than_is_known_is_noticed(capsys):
     network = family("llama", {})
     network.lm_head.register_forward_hook(lambda *args: args[2] + torch.arange(99))
-    assert share_prompts(network, "it"), "a hook is part of the head, and runs in both ways"
+    assert share_prompts(network, "it", 64), "a hook is part of the head, and runs in both ways"
     plain = type(network).forward
 
     class Scaled(type(network)):
@@ -94,7 +94,7 @@ def test_a_head_that_does_more_than_is_known_is_noticed(capsys):
             return output
 
     network.__class__ = Scaled
-    assert not share_prompts(network, "it")
+    assert not share_prompts(network, "it", 64)
     assert "would be off by" in capsys.readouterr().out
 
 
@@ -103,7 +103,7 @@ def test_exact_kl_through_the_fast_way():
     with torch.no_grad():
         for p in reference.parameters():
             p += 0.05 * torch.randn_like(p)
-    assert share_prompts(network, "it") and share_prompts(reference, "it")
+    assert share_prompts(network, "it", 64) and share_prompts(reference, "it", 64)
     (plain, plain_gradient), (fast, fast_gradient) = both(network, reference=reference)
     assert fast[2].min() > 0.001
     torch.testing.assert_close(plain[2], fast[2], rtol=1e-3, atol=1e-4)
@@ -113,7 +113,7 @@ def test_exact_kl_through_the_fast_way():
 def test_each_prompt_is_computed_once_and_no_padding_at_all():
     """The issue's point, in tokens: 4 prompts of 3, 1, 4 and 12 and 13 completion tokens that predict another one."""
     network = family("llama", {})
-    assert share_prompts(network, "it")
+    assert share_prompts(network, "it", 64)
     seen = []
     network.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
     list(both(network))
@@ -126,7 +126,7 @@ def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
     """Faults 11: with pieces of 4 tokens nothing of the vocabulary's width but the head itself is alive afterwards."""
     monkeypatch.setitem(log_probs.LOGITS_AT_A_TIME, "cpu", 4 * 99)
     network = family("llama", {})
-    assert share_prompts(network, "it")
+    assert share_prompts(network, "it", 64)
     e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
     kept = []
     for share in (False, True):
@@ -140,7 +140,7 @@ def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
 
 def test_without_moments_only_the_log_probabilities_have_a_gradient():
     network = family("llama", {})
-    assert share_prompts(network, "it")
+    assert share_prompts(network, "it", 64)
     e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
     arguments = e.sequences, e.attention_mask, e.num_actions
     for share in (False, True):
@@ -149,3 +149,46 @@ def test_without_moments_only_the_log_probabilities_have_a_gradient():
         assert light[0].requires_grad and not light[1].requires_grad
         for a, b in zip(whole, light, strict=True):
             torch.testing.assert_close(a, b)
+
+
+LONG = [([*range(3, 13)], [*range(20, 45)]), ([*range(3, 13)], [*range(50, 60)]), ([*range(4, 34)], [*range(40, 70)])]
+CORNERS = {
+    "one token each": [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([4], [8])],
+    "one row": [([5], [8, 9, 10])],
+    "the pad token begins a prompt": [([0, 5, 6], [8, 9]), ([5, 6], [8, 9, 10]), ([0, 0, 5, 6], [8, 9])],
+    "prompts that end alike": [([7, 6, 5], [8, 9]), ([4, 6, 5], [8, 9]), ([7, 6, 5], [9, 9])],
+    "long": LONG,
+}
+
+
+@pytest.mark.parametrize("rows", CORNERS.values(), ids=CORNERS)
+def test_sharing_in_the_corners(rows):
+    network = family("qwen2", {})
+    assert share_prompts(network, "it", 64)
+    (plain, plain_gradient), (fast, fast_gradient) = both(network, rows=rows)
+    torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-4)
+    assert (plain_gradient - fast_gradient).norm() < 1e-4 * plain_gradient.norm()
+
+
+def test_a_capped_head_is_known():
+    network = family("gemma3_text", FAMILIES["gemma3_text"] | {"final_logit_softcapping": 3.0})
+    assert share_prompts(network, "it", 64)
+    (plain, _), (fast, _) = both(network)
+    torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-4)
+
+
+BEYOND = {  # limits that the check's few tokens do not reach, and that the attention function is not told of
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": 24,
+                            "layer_types": ["sliding_attention"] * 2},
+    "llama4_text": EXPERTS | {"intermediate_size_mlp": 48, "attention_chunk_size": 24, "use_qk_norm": False,
+                              "no_rope_layers": [1, 0]},
+    "mistral": {"sliding_window": 24}, "cohere2": {"sliding_window": 24},  # these are told
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_limit_longer_than_the_check_is_kept_or_refused(name):
+    network = family(name, BEYOND[name])
+    if share_prompts(network, name, 64):
+        (plain, _), (fast, _) = both(network, rows=LONG)
+        torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-4)

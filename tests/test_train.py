@@ -431,3 +431,44 @@ def test_bf16_is_sampled_from_a_copy_that_follows_the_policy(tmp_path):
     assert any((a != b).any() for a, b in zip(before, sampler.parameters(), strict=True))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert build(tmp_path / "fp32").twin is None
+
+
+@pytest.mark.parametrize("flags", [
+    ["--entropy_weight=0.3"], ["--entropy_weight=0.2", "--entropy_target=9"],
+    ["--kl_weight=0.5", "--kl_estimator=full"], ["--top_entropy=0.3"],
+], ids=" ".join)  # fmt: skip
+def test_the_fast_way_has_the_whole_gradient(tmp_path, flags):
+    """Prompts shared, and moments only where they are needed, against the plain way with everything."""
+    t = build(tmp_path, *flags)
+    policy, buffer, found = t.accelerator.unwrap_model(t.policy), train.ReplayBuffer(), []
+    assert policy.share
+    one_rollout(t, buffer)
+    with torch.no_grad():
+        for p in t.model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    items = [(e, torch.tensor(0.01)) for e in buffer.items]
+    for share, moments in ((True, policy.moments), (False, True)):
+        policy.share, policy.moments = share, moments
+        train.gradients(t, items, 5)
+        found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
+
+
+def test_memory_that_ends_in_a_backward_pass_leaves_no_gradient(tmp_path):
+    found = []
+    for boom in (None, 2):
+        t, buffer, passes = build(tmp_path / str(boom)), train.ReplayBuffer(), []
+        one_rollout(t, buffer)
+        t.micro_batch_size = 10
+        items = [(e, torch.tensor(0.01)) for e in buffer.items]
+
+        def crowded(gradient, passes=passes, boom=boom):
+            passes.append(1)
+            if len(passes) == boom:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+        next(t.model.parameters()).register_hook(crowded)
+        total, entropy, _ = train.fitting(t, lambda size, t=t, items=items: train.gradients(t, items, size))
+        found.append((total, entropy, torch.cat([p.grad.flatten() for p in t.model.parameters()])))
+    assert t.micro_batch_size == 5
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
