@@ -11,6 +11,7 @@ V is the vocabulary's size, N a number of completion tokens; the other letters a
 """
 
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from replay_buffer import Experience, pad_batch
+from replay_buffer import Experience, batches, pad_batch
 
 # Numbers in a piece of fp32 logits; a few tensors of that size are alive at a time. On a CPU 24 MB: from 32 MB on
 # malloc asks the system for every single tensor, which takes longer than the arithmetic. On a GPU 256 MB: the backward
 # pass of each piece makes a gradient as large as the head, so there should be few.
 LOGITS_AT_A_TIME = {"cpu": 6 * 2**20, "cuda": 2**26}
 SHARED = "shared_prompt"  # our attention's name in transformers' table
+LENGTHS = 4  # into so many parts of similar length completions are put for attention, which alone needs padding
 FAR = 2**31  # the position of padding: later than any token, so that none sees it
 LOWEST = -1e30  # log-probability of a masked token; with −inf the entropy and its gradient would have 0 × inf
 
@@ -41,24 +43,26 @@ class Policy(nn.Module):
     act on the whole computation and not on the logits, which never leave it.
     """
 
-    def __init__(self, model: nn.Module, temperature: float, share: bool = False, moments: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, temperature: float, share: bool = False, entropy_gradient: bool = True
+    ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.moments = moments  # whether entropies and exact KL need a gradient
+        self.entropy_gradient = entropy_gradient  # whether entropies and exact KL need a gradient
         self.share = share  # what `share_prompts` says of the model
 
     def forward(self, experience: Experience, reference: "Policy | None" = None) -> tuple[Tensor, Tensor, Tensor]:
         """What `sequences_log_probs` says of each completion token; with `reference`, its exact KL too."""
         return sequences_log_probs(
             self.model, experience.sequences, experience.attention_mask, experience.num_actions, self.temperature,
-            None if reference is None else reference.model, self.share, self.moments,
+            None if reference is None else reference.model, self.share, self.entropy_gradient,
         )  # fmt: skip
 
 
 def sequences_log_probs(
     model: nn.Module, sequences: Tensor, attention_mask: Tensor, num_actions: int, temperature: float = 1.0,
-    reference: nn.Module | None = None, share: bool = False, moments: bool = True,
+    reference: nn.Module | None = None, share: bool = False, entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probabilities of the last `num_actions` tokens of each sequence, and the entropies beside them.
 
@@ -70,7 +74,7 @@ def sequences_log_probs(
         reference: a model with the same vocabulary, for the KL.
         share: the fast way to the same numbers, for models that `share_prompts` has found to take it: neighbours
             with the same prompt compute it once, and no logits are kept for the backward pass.
-        moments: whether entropies and KL shall have a gradient.
+        entropy_gradient: whether entropies and KL shall have a gradient.
     Returns:
         log-probabilities, entropies in nats, and KL(model ‖ reference) over the whole vocabulary (0 without a
         reference), all float32 (B, C). Where there is no token, anything.
@@ -83,14 +87,16 @@ def sequences_log_probs(
             with torch.no_grad():
                 of_reference = completion_logits(reference, sequences, attention_mask, num_actions)
             compared = {"reference": of_reference.flatten(0, 1)}
-        found = token_log_probs(logits, tokens, temperature, moments=moments, **compared)
+        found = token_log_probs(logits, tokens, temperature, entropy_gradient, **compared)
         return tuple(x.view(-1, num_actions) for x in found)
     row = one_row(sequences, attention_mask, num_actions)
     if reference is not None:
         with torch.no_grad():
             compared = {"reference": last_states(reference, row, sequences), "reference_head": Head(reference)}
     states = last_states(model, row, sequences)
-    found = token_log_probs(states, tokens[row.targets], temperature, head=Head(model), moments=moments, **compared)
+    found = token_log_probs(
+        states, tokens[row.targets], temperature, head=Head(model), entropy_gradient=entropy_gradient, **compared
+    )
     blank = torch.zeros(len(tokens), device=tokens.device)
     return tuple(blank.index_put((row.targets,), x).view(-1, num_actions) for x in found)  # back to (B, C)
 
@@ -127,7 +133,7 @@ class Row:
     source: Tensor  # int64 (1, T): the place in the (B, P + C) sequences
     positions: Tensor  # int64 (1, T): each completion's go on from its prompt's
     # Who attends to whom, as places in the row with -1 for padding: the prompts to themselves, both (prompts, longest),
-    # and the completions, (B, longest - 1), to their prompt and themselves, (B, longest of both).
+    # and the completions, (some, longest - 1), to their prompt and themselves, (some, longest of both).
     contexts: list[tuple[Tensor, Tensor]]
     back: Tensor  # int64 (T,): the place of each token in what comes out of the contexts
     read: Tensor  # int64 (N,): the place in the row whose state each completion token is predicted from
@@ -161,7 +167,10 @@ def one_row(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Row:
         longest = max(map(len, rows))
         return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
 
-    contexts = [(table(prompts), table(prompts)), (table(completions), table(seen))]
+    contexts = [(table(prompts), table(prompts))]
+    order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
+    for part in batches(order, math.ceil(len(order) / LENGTHS)):  # of similar length, so that little is padding
+        contexts.append((table([completions[i] for i in part]), table([seen[i] for i in part])))
     places = torch.cat([asks.flatten() for asks, _ in contexts])
     back = torch.empty(len(source), dtype=torch.long, device=device)
     back[places[places >= 0]] = (places >= 0).nonzero().squeeze(-1)
@@ -226,14 +235,15 @@ class Head:
 
 
 def token_log_probs(
-    states: Tensor, tokens: Tensor, temperature: float, reference: Tensor | None = None,
-    head: Head | None = None, reference_head: Head | None = None, moments: bool = True,
+    states: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = True, head: Head | None = None,
+    reference: Tensor | None = None, reference_head: Head | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-softmax of logits over temperature, read at `tokens` (N,); its entropy; its KL to the reference's.
 
     `states` and `reference` are what the heads make logits of, or, without heads, logits (N, V). All results float32
-    (N,); `moments`: whether the entropy and the KL have a gradient. In pieces that are computed again in the backward
-    pass, so that a full fp32 copy of the logits (with heads, any copy) is never alive. Without a reference the KL is 0.
+    (N,); `entropy_gradient`: whether the entropy and the KL have a gradient. In pieces that are computed again in the
+    backward pass, so that a full fp32 copy of the logits (with heads, any copy) is never alive. Without a reference the
+    KL is 0.
     """
 
     def normalized(states: Tensor, head: Head | None) -> Tensor:
@@ -242,7 +252,7 @@ def token_log_probs(
 
     def piece(states: Tensor, tokens: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         log_probs = normalized(states, head)
-        with torch.set_grad_enabled(moments and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             finite = log_probs.clamp(min=LOWEST)
             probs = finite.exp()
             entropy = -(probs * finite).sum(-1)

@@ -102,7 +102,7 @@ class Objective:
         return self.kl_in_loss or self.entropy_weight > 0 or self.entropy_target is not None
 
     @property
-    def needs_moments(self) -> bool:
+    def needs_entropy_gradient(self) -> bool:
         """Whether the gradient goes through the entropies or the exact KL, not through the log-probabilities alone."""
         return self.entropy_weight > 0 or self.entropy_target is not None or self.kl_estimator == "full"
 

@@ -445,7 +445,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     reference = load_model(config.model, config.precision) if loss.objective.kl_weight > 0 else None
     both = [network for network in (model, reference) if network is not None]
     share = all(share_prompts(n, config.model, config.max_prompt_tokens + config.max_new_tokens) for n in both)
-    policy = Policy(model, config.temperature, share, loss.objective.needs_moments)
+    policy = Policy(model, config.temperature, share, loss.objective.needs_entropy_gradient)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(model, config))
     if reference is not None:
         reference = Policy(reference.requires_grad_(False), config.temperature, share)

@@ -312,7 +312,7 @@ def test_exact_kl_and_entropy_over_the_vocabulary(monkeypatch):
     logits[:, 10], others[:, 10] = torch.finfo(torch.bfloat16).min, -torch.inf  # a token that the model never says
     logits.requires_grad_()
     tokens, weights = torch.randint(10, (7,)), torch.randn(3, 7)
-    found = token_log_probs(logits, tokens, 0.7, others)
+    found = token_log_probs(logits, tokens, 0.7, reference=others)
     policy, reference = (torch.distributions.Categorical(logits=x[:, :10] / 0.7) for x in (logits, others))
     expected = policy.log_prob(tokens), policy.entropy(), torch.distributions.kl_divergence(policy, reference)
     for a, b, w in zip(found, expected, weights, strict=True):

@@ -138,14 +138,14 @@ def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
     assert not fast
 
 
-def test_without_moments_only_the_log_probabilities_have_a_gradient():
+def test_without_entropy_gradient_only_the_log_probabilities_have_a_gradient():
     network = family("llama", {})
     assert share_prompts(network, "it", 64)
     e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in ROWS])
     arguments = e.sequences, e.attention_mask, e.num_actions
     for share in (False, True):
         whole = sequences_log_probs(network, *arguments, share=share)
-        light = sequences_log_probs(network, *arguments, share=share, moments=False)
+        light = sequences_log_probs(network, *arguments, share=share, entropy_gradient=False)
         assert light[0].requires_grad and not light[1].requires_grad
         for a, b in zip(whole, light, strict=True):
             torch.testing.assert_close(a, b)

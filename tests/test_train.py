@@ -438,7 +438,7 @@ def test_bf16_is_sampled_from_a_copy_that_follows_the_policy(tmp_path):
     ["--kl_weight=0.5", "--kl_estimator=full"], ["--top_entropy=0.3"],
 ], ids=" ".join)  # fmt: skip
 def test_the_fast_way_has_the_whole_gradient(tmp_path, flags):
-    """Prompts shared, and moments only where they are needed, against the plain way with everything."""
+    """Prompts shared, and entropy_gradient only where they are needed, against the plain way with everything."""
     t = build(tmp_path, *flags)
     policy, buffer, found = t.accelerator.unwrap_model(t.policy), train.ReplayBuffer(), []
     assert policy.share
@@ -447,8 +447,8 @@ def test_the_fast_way_has_the_whole_gradient(tmp_path, flags):
         for p in t.model.parameters():
             p += 0.01 * torch.randn_like(p)
     items = [(e, torch.tensor(0.01)) for e in buffer.items]
-    for share, moments in ((True, policy.moments), (False, True)):
-        policy.share, policy.moments = share, moments
+    for share, entropy_gradient in ((True, policy.entropy_gradient), (False, True)):
+        policy.share, policy.entropy_gradient = share, entropy_gradient
         train.gradients(t, items, 5)
         found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
     assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
