@@ -178,13 +178,17 @@ class Config:
         return self.epochs_per_step * math.ceil(self.sequences_per_step / self.train_batch_size)
 
     @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass as a run begins: micro_batch_size, or all that an optimizer step has."""
+        return min(self.micro_batch_size or self.train_batch_size, self.train_batch_size)
+
+    @property
     def arithmetic(self) -> str:
         """The sizes of one step, in a sentence."""
-        size = min(self.micro_batch_size or self.train_batch_size, self.train_batch_size)
-        micro = math.ceil(self.train_batch_size / size)
+        micro = math.ceil(self.train_batch_size / self.micro_batch)
         epochs = f" in {self.epochs_per_step} epochs" if self.epochs_per_step > 1 else ""
         steps = f"{self.optimizer_steps} optimizer {plural(self.optimizer_steps, 'step')}"
-        pieces = f"{micro} micro-{plural(micro, 'batch', 'batches')} of {size}"
+        pieces = f"{micro} micro-{plural(micro, 'batch', 'batches')} of {self.micro_batch}"
         return (
             f"{self.rollouts_per_step} questions × {self.group_size} completions = {self.sequences_per_step} sequences;"
             f" {steps} of {self.train_batch_size}{epochs} in {pieces}"
@@ -304,7 +308,7 @@ def typed(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"{where} is {value!r}; it must be a list.")
         return [typed(item, kinds[0], where) for item in value]
-    if value in (None, "auto") and type(None) in kinds and str not in kinds:
+    if value == "auto" and type(None) in kinds and str not in kinds:
         return None
     if (value is None and type(None) in kinds) or type(value) in kinds:
         return value

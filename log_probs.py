@@ -109,13 +109,19 @@ def completion_logits(model: nn.Module, sequences: Tensor, attention_mask: Tenso
     """
     width = sequences.shape[1]
     positions = torch.arange(width - num_actions - 1, width - 1, device=sequences.device)
-    inputs = {"input_ids": sequences, "attention_mask": attention_mask.long(), "use_cache": False}
-    accepted = inspect.signature(model.forward).parameters
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
+    inputs = padded_inputs(model, sequences, attention_mask) | {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=positions).logits
     return model(**inputs).logits[:, positions]
+
+
+def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """What a forward pass is given of rows (B, S) with padding: tokens, mask, and positions that leave padding out."""
+    mask = attention_mask.long()
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ room: whenever half of a batch has, `generate` is called again for the others. A
 where generate's own multinomial makes one for each token of the vocabulary.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data import Question
+from log_probs import padded_inputs
 
 BLOCK = 256  # tokens of the vocabulary that are first drawn from together
 
@@ -110,11 +110,12 @@ def decode(
     """
     input_ids, attention_mask = pad_left(prompts, settings.pad_token_id, model.device)
     cache = read_prompts(model, input_ids, attention_mask)
+    ends = torch.tensor(settings.eos_token_id, device=model.device)
     tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
     rows, left = list(range(len(prompts))), sampling.max_new_tokens
     while rows and left:
         processors, drawn = sampler(sampling)
-        ended = HalfEnded(settings.eos_token_id, input_ids.shape[1])
+        ended = HalfEnded(ends, input_ids.shape[1])
         settings.max_new_tokens = left
         output = model.generate(
             input_ids=input_ids,
@@ -154,11 +155,8 @@ def read_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     width = input_ids.shape[1]
     if width > 1:
         different, place = torch.unique(torch.cat([input_ids, attention_mask], -1), dim=0, return_inverse=True)
-        input_ids, attention_mask = different[:, : width - 1], different[:, width:-1]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        model.base_model(**inputs)
+        inputs = padded_inputs(model, different[:, : width - 1], different[:, width:-1])
+        model.base_model(**inputs, past_key_values=cache, use_cache=True)
         cache.batch_select_indices(place)
     return cache
 
@@ -237,13 +235,14 @@ def passed(weights: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
 
 def sampler(sampling: Sampling) -> tuple[LogitsProcessorList, Draw | None]:
     """Temperature and nucleus, in transformers' order, and the draw; greedy draws nothing."""
-    processors, draw = LogitsProcessorList(), Draw()
+    processors = LogitsProcessorList()
     if sampling.temperature == 0:
         return processors, None
     if sampling.temperature != 1:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
+    draw = Draw()
     processors.append(draw)
     return processors, draw
 
@@ -251,13 +250,13 @@ def sampler(sampling: Sampling) -> tuple[LogitsProcessorList, Draw | None]:
 class HalfEnded(StoppingCriteria):
     """Stops generate when half of its rows have ended."""
 
-    def __init__(self, ends: list[int], width: int) -> None:
-        self.ends = ends
+    def __init__(self, ends: Tensor, width: int) -> None:
+        self.ends = ends  # on the device: it is asked for each token
         self.width = width  # of the prompts, whose end tokens do not count
 
     def rows(self, input_ids: Tensor) -> Tensor:
         """Which rows hold an end token, bool (B,)."""
-        return torch.isin(input_ids[:, self.width :], torch.tensor(self.ends, device=input_ids.device)).any(-1)
+        return torch.isin(input_ids[:, self.width :], self.ends).any(-1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:
         """For every row the same, since generate stops when all say so."""

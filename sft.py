@@ -64,9 +64,8 @@ def fit(
         examples = [example(q, tokenizer, config.max_new_tokens) for q in stream.take(config.train_batch_size)]
         weights = token_weights([e.num_actions for e in examples], "token-mean")
         total = 0.0
-        for chosen in batches(
-            list(zip(examples, weights, strict=True)), config.micro_batch_size or 4
-        ):  # nothing here halves it
+        size = config.micro_batch_size or 4  # auto would be all of them, and nothing here halves it
+        for chosen in batches(list(zip(examples, weights, strict=True)), size):
             batch = pad_batch([e for e, _ in chosen]).to(accelerator.device)
             log_probs, *_ = policy(batch)
             per_sequence = torch.where(batch.action_mask, log_probs, 0.0).sum(-1)

@@ -460,7 +460,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     twin = decoding_copy(model, config.model) if config.precision == "bf16" else None
     return Trainer(
         config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, Monitor(), step,
-        min(config.micro_batch_size or config.train_batch_size, config.train_batch_size), twin,
+        config.micro_batch, twin,
     )  # fmt: skip
 
 

@@ -36,11 +36,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from roofline import command_line, machine, positive, versions  # noqa: E402
+from roofline import available, command_line, machine, positive, versions  # noqa: E402
 
 from config import Parser  # noqa: E402
 from errors import UserError, choose, command  # noqa: E402
-from log_probs import sequences_log_probs  # noqa: E402
+from log_probs import sequences_log_probs, share_prompts  # noqa: E402
 
 WAYS = {
     "plain": (None, False), "pieces": (False, False), "shared": (True, False), "shared+ckpt": (True, True),
@@ -174,8 +174,6 @@ def measure_one(task: dict) -> dict:
     device = torch.device(task["device"])
     model = build_model(task["vocabulary"], getattr(torch, task["dtype"]), device)
     if WAYS[task["way"]][0]:
-        from log_probs import share_prompts
-
         assert share_prompts(model, "the model", task["length"]), "cannot share prompts"
     check(model, task["way"], task["vocabulary"], device)
     clear(model)
@@ -247,14 +245,10 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.ways = [choose(w, WAYS, "way") for w in args.ways]
-    choose(args.device, ("auto", "cuda", "cpu"), "device")
+    args.device = available(args.device)
     choose(args.dtype, ("float32", "bfloat16"), "dtype")
     if min(args.lengths) < 4:
         raise UserError(f"--lengths {min(args.lengths)} is too short; 4 tokens are the least.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("There is no CUDA GPU here; --device cpu measures on the CPU.")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
 
 

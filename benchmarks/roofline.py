@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from config import Config, Parser, parse_config, plural  # noqa: E402
 from data import QuestionStream  # noqa: E402
-from errors import UserError, command  # noqa: E402
+from errors import UserError, choose, command  # noqa: E402
 from replay_buffer import ReplayBuffer  # noqa: E402
 
 PHASES = ("rollout: prefill", "rollout: decode", "log-probabilities", "update")
@@ -254,7 +254,7 @@ def update_floor(size: Size, work: Work, config: Config, rates: Rates) -> float:
     """
     body, head = forward_work(size, work)
     passes = 4 if config.gradient_checkpointing else 3
-    calls = config.epochs_per_step * math.ceil(len(work.rows) / config.micro_batch_size)
+    calls = config.epochs_per_step * math.ceil(len(work.rows) / config.micro_batch)
     operations = config.epochs_per_step * (passes * body + 3 * head)
     moved = calls * (passes * size.body + 3 * size.head) * rates.number
     adam = config.optimizer_steps * ADAM_BYTES * size.parameters / rates.bandwidth
@@ -499,14 +499,14 @@ def model_shapes(size: Size, work: Work, config: Config, device: torch.device) -
     square = 8192 if device.type == "cuda" else 1024
     rows = min(len(work.rows), config.rollout_batch_size)
     lengths = work.rows.mean(0)
-    tokens = round(min(len(work.rows), config.micro_batch_size) * lengths.sum())
+    tokens = round(min(len(work.rows), config.micro_batch) * lengths.sum())
     return {
         "large": (square, square, square),
         "decode: a token of each row": (rows, size.hidden, size.inner),
         "decode, half of the rows": (max(1, rows // 2), size.hidden, size.inner),
         "update: the tokens of a micro-batch": (tokens, size.hidden, size.inner),
         "head: its completions' tokens": (
-            round(min(len(work.rows), config.micro_batch_size) * lengths[1]), size.hidden, size.vocabulary
+            round(min(len(work.rows), config.micro_batch) * lengths[1]), size.hidden, size.vocabulary
         ),
     }  # fmt: skip
 
@@ -571,6 +571,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"{text!r} is not a whole number of 1 or more.")
     return int(text)
+
+
+def available(device: str) -> str:
+    """`device` as the flag has it, auto decided; UserError for one that is not there."""
+    choose(device, ("auto", "cuda", "cpu"), "device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA GPU here; --device cpu measures on the CPU.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def read_flags(argv: list[str]) -> Any:

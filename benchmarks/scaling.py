@@ -36,6 +36,7 @@ from memory import highest, reset, resident  # noqa: E402
 from roofline import (  # noqa: E402
     Size,
     Step,
+    available,
     build_trainer,
     command_line,
     forbid_end,
@@ -285,11 +286,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.only = [choose(name, SWEEPS, "sweep") for name in args.only]
-    choose(args.device, ("auto", "cuda", "cpu"), "device")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("There is no CUDA GPU here; --device cpu measures on the CPU.")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = available(args.device)
     if args.report and not (args.out / "scaling.jsonl").is_file():
         raise UserError(f"There is no scaling.jsonl in {args.out}; run without --report first.")
     return args

@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from config import Config, located, parse_config  # noqa: E402
+from config import Config, Parser, located, parse_config  # noqa: E402
 from data import Question, QuestionStream, load_questions, with_prompts  # noqa: E402
 from errors import UserError, command  # noqa: E402
 from model import build_accelerator, build_optimizer, load_model, load_tokenizer  # noqa: E402
@@ -415,13 +415,6 @@ def report(
 
 
 # ------------------------------------------------------------------------------------------------ the command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as a sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message[0].upper() + message[1:].rstrip(".") + ".")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

@@ -98,8 +98,8 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], c
     """One optimizer step over all rows, in micro-batches; returns the loss and the norm of its gradient."""
     model.train()
     total = 0.0
-    for start in range(0, len(rows), config.micro_batch_size):
-        part = rows[start : start + config.micro_batch_size]
+    for start in range(0, len(rows), config.micro_batch):
+        part = rows[start : start + config.micro_batch]
         columns = list(zip(*part, strict=True))
         padded = [pad_sequence(c, batch_first=True, padding_side="left").to(model.device) for c in columns[:5]]
         sequences, attention_mask, mask, old, ref = padded
