@@ -4,11 +4,17 @@ A checkpoint `<run_dir>/checkpoint-<step>` is an ordinary Hugging Face folder (m
 config.yaml, and trainer_state.pt: the optimizer, the step and the position in the questions. There is no schedule to
 save, since the learning rate is a function of the step, and no state of a random generator, since everything drawn
 in a step follows from (seed, step); so an evaluation, or a resume, can never change what the training draws.
-A checkpoint is written beside its place and renamed, so it is whole or absent.
+
+A checkpoint is whole or absent: it is written beside its place, synced to the disk, and renamed. SHA256SUMS, written
+last, has the hash of each file (`sha256sum -c SHA256SUMS` checks them too); nothing is loaded that does not agree
+with it, and nothing in it is unpickled but by torch's loader for plain tensors.
 """
 
+import hashlib
+import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,27 +23,42 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from config import Config
+from config import Config, read_config_file
 from errors import UserError
 
 PREFIX = "checkpoint-"
+SUMS = "SHA256SUMS"
 
 
-def new_run_dir(config: Config) -> Path:
-    """Make the run's folder and write config.yaml into it; UserError if it holds something already."""
+def new_run_dir(config: Config) -> tuple[Path, FileLock]:
+    """Make the run's folder, hold it, and write config.yaml into it; UserError if it holds something already."""
     folder = Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    made = []
     try:
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(
-                f"{folder} is not empty; choose another --run_dir, or continue the run in it with --resume {folder}."
-            )
+        refuse_occupied(folder)
+        held = lock(folder)
+        refuse_occupied(folder)  # by one who was faster
         config.save(folder / "config.yaml")
     except OSError as error:
+        with suppress(OSError):
+            (folder / ".lock").unlink(missing_ok=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
         raise UserError(
             f"Cannot write to the run folder {folder}: {error.strerror}; choose another --run_dir."
         ) from error
-    return folder
+    return folder, held
+
+
+def refuse_occupied(folder: Path) -> None:
+    """UserError if there is anything in the folder but a lock."""
+    if any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(
+            f"{folder} is not empty; choose another --run_dir, or continue the run in it with --resume {folder}."
+        )
 
 
 def lock(run_dir: Path) -> FileLock:
@@ -52,18 +73,26 @@ def lock(run_dir: Path) -> FileLock:
     return held
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    found = [p for p in run_dir.glob(PREFIX + "*") if p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    found = [p for p in run_dir.glob(PREFIX + "*") if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def find_model(folder: str) -> str:
-    """`folder`, or its newest checkpoint if it is a run folder; UserError if that has none yet."""
+    """`folder`, or its newest checkpoint if it is a run folder; UserError if that has none yet, or a damaged one."""
     found = checkpoints(Path(folder))
     if not found and Path(folder, "config.yaml").is_file() and not Path(folder, "config.json").is_file():
         raise UserError(f"The run {folder} has no checkpoint yet; a model is in checkpoint-STEP, or (sft.py) in model.")
-    return str(found[-1]) if found else folder
+    model = found[-1] if found else Path(folder)
+    if (model / SUMS).is_file():
+        verify(model)
+    return str(model) if found else folder
 
 
 @dataclass(frozen=True)
@@ -74,39 +103,127 @@ class TrainerState:
     position: int  # questions taken
     optimizer: dict[str, Any]
     loss: dict[str, Any] = field(default_factory=dict)  # the adaptive entropy bonus
+    skipped: int = 0  # optimizer steps without a finite gradient, the last ones in a row
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, model: nn.Module, tokenizer: Any, config: Config) -> Path:
-    """Write checkpoint-<step>, then delete all but the newest `keep_checkpoints`.
+    """Write checkpoint-<step>, then delete all older ones but the newest `keep_checkpoints`, this one included.
 
     Raises:
-        UserError: if it could not be written (a full disk); the earlier ones are untouched.
+        UserError: if it could not be written (a full disk), or if weights are not finite; the earlier ones are
+            untouched.
     """
     final, partial = run_dir / f"{PREFIX}{state.step}", run_dir / f".{PREFIX}{state.step}.partial"
+    kept = ", ".join(p.name for p in checkpoints(run_dir)) or "none"
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"Step {state.step} has left numbers in {broken[0]} that are not finite, so it is not saved; go on from an "
+            f"earlier checkpoint ({kept}) with a lower --lr."
+        )
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         config.save(partial / "config.yaml")
         torch.save(vars(state), partial / "trainer_state.pt")
-        shutil.rmtree(final, ignore_errors=True)
+        write_sums(partial)
+        discard(final)
         partial.rename(final)
+        sync(run_dir)
     except Exception as error:  # safetensors and torch each report a full disk in a way of their own
         shutil.rmtree(partial, ignore_errors=True)
-        kept = ", ".join(p.name for p in checkpoints(run_dir)) or "none"
         raise UserError(f"Cannot write {final}: {error}. Checkpoints that are there: {kept}.") from error
-    for old in checkpoints(run_dir)[: -config.keep_checkpoints]:
-        shutil.rmtree(old)
+    for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][: -config.keep_checkpoints]:
+        discard(old)
     return final
 
 
-def load_state(checkpoint: Path) -> TrainerState:
-    """The trainer's state in a checkpoint, read without unpickling code."""
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS, when everything that it vouches for is on the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for file in files:
+        sync(file)
+    lines = [f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    sync(folder / SUMS)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
-        return TrainerState(**state)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's bytes, as `sha256sum` prints it."""
+    found = hashlib.sha256()
+    with file.open("rb") as data:
+        while piece := data.read(2**20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; one that is deleted in part has no checkpoint's name any more."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name.lstrip('.')}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a process that was killed has left of checkpoints that it was writing or deleting."""
+    for leftover in run_dir.glob(f".{PREFIX}*"):
+        shutil.rmtree(leftover)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None if they are what was written."""
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        for expected, _, name in (line.partition("  ") for line in lines):
+            if not name:
+                return f"{SUMS} is cut short"
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if sha256(checkpoint / name) != expected:
+                return f"{name} is not what was written (its SHA-256 differs)"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{SUMS} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None if lines else f"{SUMS} is empty"
+
+
+def verify(checkpoint: Path) -> None:
+    """UserError if a checkpoint is damaged, with the newest one before it that is whole."""
+    reason = damage(checkpoint)
+    if reason is None:
+        return
+    beside = checkpoints(checkpoint.parent)
+    before = beside[: beside.index(checkpoint)] if checkpoint in beside else []
+    whole = next((p.name for p in reversed(before) if damage(p) is None), None)
+    instead = f"go on from {whole}" if whole else "begin again: there is no whole one before it"
+    raise UserError(f"{checkpoint} is damaged: {reason}; remove it (rm -r {checkpoint}) to {instead}.")
+
+
+def load_state(checkpoint: Path, config: Config) -> TrainerState:
+    """The trainer's state in a checkpoint, once its files are found whole; read without unpickling code."""
+    verify(checkpoint)
+    try:
+        state = TrainerState(**torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True))
+        model = read_config_file(checkpoint / "config.yaml")["model"]
+    except Exception as error:  # torch.load raises many kinds for a file that it did not write
         raise UserError(
-            f"{checkpoint} cannot be resumed from: trainer_state.pt is missing or damaged ({type(error).__name__}); "
-            "remove this checkpoint to continue from the one before it."
+            f"{checkpoint} cannot be resumed from, it was made by another program or version "
+            f"({type(error).__name__}: {error}); remove it to continue from the one before it."
         ) from error
+    if state.step != step_of(checkpoint) or model != config.model:
+        raise UserError(
+            f"{checkpoint} belongs to another run (step {state.step} of {model}); remove it to continue this one."
+        )
+    return state

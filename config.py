@@ -80,6 +80,7 @@ class Config:
     # Reward
     reward: list[str] = knob(["accuracy", "format"], "names from reward.py, or my_file.py:my_function, summed")
     reward_weights: list[float] = knob([1.0, 0.2], "one weight for each reward")
+    reward_timeout: float = knob(60.0, "seconds that a reward may take for the completions of a step; 0: any time")
 
     # Objective: the row, and, where it is not to be the row's own choice, each of its columns
     objective: str = knob("grpo", f"the method, a row of loss.py's table: {', '.join(OBJECTIVES)}")
@@ -127,6 +128,9 @@ class Config:
     warmup_steps: int = knob(10, "steps over which the learning rate rises from 0 (tutorial: 0, with bf16 weights)")
     weight_decay: float = knob(0.0, "decoupled weight decay of AdamW (tutorial: plain Adam)")
     max_norm: float = knob(1.0, "gradients are clipped to this norm (tutorial)")
+    max_skipped_steps: int = knob(
+        10, "optimizer steps in a row without a finite loss and gradient after which the run stops; 0: it never does"
+    )
 
     # Evaluation, checkpoints, logging
     eval_interval: int = knob(50, "steps between evaluations, besides the first and the last; 0: never evaluate")
@@ -222,7 +226,7 @@ AT_LEAST = {
     "warmup_steps": 0, "weight_decay": 0, "eval_interval": 0, "eval_questions": 0, "eval_samples": 0,
     "checkpoint_interval": 0, "keep_checkpoints": 1, "log_completions": 0, "relative_reward_weight": 0,
     "baseline_reward_weight": 0, "entropy_weight": 0, "entropy_target": 0, "dynamic_sampling": 1, "sampler_cap": 1,
-    "clip_eps_high": 0,
+    "clip_eps_high": 0, "reward_timeout": 0, "max_skipped_steps": 0,
 }  # fmt: skip
 ABOVE_ZERO = (
     "temperature", "top_p", "clip_eps", "clip_ratio_c", "loss_scale_factor", "top_entropy", "lr",
@@ -376,6 +380,11 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
     flags = {name: value for name, value in given.items() if name in names}
     config = Config(**{**settings, "preset": preset, **flags})
     for name in flags if resume else ():
+        if name == "model" and flags[name] != settings.get(name):
+            raise UserError(
+                f"The run in {resume} trains {settings.get(name)}; to begin with another model, or with a checkpoint "
+                "of this run, start a new run with --model and without --resume."
+            )
         report_change(name, settings.get(name, flags[name]), flags[name])
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
 

@@ -57,6 +57,10 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
         model = AutoModelForCausalLM.from_pretrained(located(name), config=architecture, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(loading_failed("model", name, error)) from error
+    # Out of the file's memory map, where a tensor may begin at any byte: matrix products round by alignment, so a run
+    # that had loaded a checkpoint would differ in the last bit from one that has trained the same weights.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

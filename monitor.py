@@ -5,17 +5,24 @@ not in GLOSSARY raises.
 """
 
 import json
+import os
 import resource
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from alarms import ALARMS, LONGEST, QUIET, Alarm, sounding
 
 GLOSSARY = {
     "train/loss": "The loss. With the paper's mean over sequences and one optimizer step per rollout it is near 0 (plus"
@@ -73,6 +80,7 @@ GLOSSARY = {
     "perf/tokens_per_second": "Completion tokens sampled per second of rollout.",
     "perf/peak_memory_gb": "Peak memory so far: of the GPU where there is one, of the process otherwise.",
 }
+GLOSSARY |= {f"alarm/{name}": f"1 while this alarm is on. {alarm.advice}" for name, alarm in ALARMS.items()}
 REWARD_MEANING = {"mean": "Mean of the reward {}.", "std": "Standard deviation of the reward {} over the rollout."}
 
 
@@ -97,6 +105,7 @@ CHARTS = {
         "new/old probability: near 1": ["Multiline", ["train/ratio_mean"]],
         "gap between sampler and trainer: rounding": ["Multiline", ["train/sampler_gap"]],
         "skipped steps: 0": ["Multiline", ["train/skipped_steps"]],
+        "alarms (what to do then is in the tab Text): none": ["Multiline", ["alarm/.*"]],
     },
     "Where does the time go?": {
         "seconds": ["Multiline", ["time/step", "time/rollout", "time/log_probs", "time/update"]],
@@ -119,17 +128,21 @@ def progress(items: Iterable, what: str, leave: bool = True) -> tqdm:
 
 
 class Monitor:
-    """Collects the metrics of a step and writes them out."""
+    """Collects the metrics of a step and writes them out; watches them with the alarms that it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, alarms: dict[str, Alarm] | None = None) -> None:
         self.sums: dict[str, list] = {}
         self.writer: SummaryWriter | None = None
+        self.alarms = alarms or {}
+        self.rows: deque[dict[str, float]] = deque(maxlen=LONGEST)  # what the alarms remember
 
     def open(self, run_dir: Path, start_step: int = 0) -> None:
         """Open the run's logs; what a run that is resumed had written after `start_step` is taken back."""
         self.file = run_dir / "metrics.jsonl"
         first = start_step + 1 if start_step else 0  # a run that starts again from nothing evaluates at step 0 again
-        keep_before(self.file, first)
+        self.rows.extend(keep_before(self.file, first))
+        for events in sorted(run_dir.glob("events.out.tfevents.*")):
+            keep_events_before(events, first)
         self.writer = SummaryWriter(run_dir, purge_step=first)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
@@ -169,13 +182,28 @@ class Monitor:
         self.add("perf/peak_memory_gb", peak_memory_gb())
         row = {name: float(total) / float(count) for name, (total, count) in self.sums.items() if float(count)}
         self.sums.clear()
+        new = self.watch(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint of this step must not be on the disk before its metrics are
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
+        for name in new:
+            self.text(f"alarm/{name}", f"step {step}: {self.alarms[name].advice}", step)
         self.writer.flush()
         tqdm.write(console_line(step, steps, row))
+        for name in new:
+            tqdm.write(f"ALARM {name}: {self.alarms[name].advice}")
         return row
+
+    def watch(self, row: dict[str, float]) -> list[str]:
+        """Note in the step's metrics which alarms are on; returns those that were not lately."""
+        on = sounding(self.alarms, [*self.rows, row])
+        lately = {name for past in list(self.rows)[-QUIET:] for name in past}
+        row |= {f"alarm/{name}": 1.0 for name in on}
+        self.rows.append(row)
+        return [name for name in on if f"alarm/{name}" not in lately]
 
     def close(self) -> None:
         """Close the logs; if the disk is full, that has been said already."""
@@ -184,17 +212,33 @@ class Monitor:
                 self.writer.close()
 
 
-def keep_before(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl from `step` on, and one that was not written to its end."""
+def keep_before(file: Path, step: int) -> list[dict[str, float]]:
+    """Drop the lines of metrics.jsonl from `step` on, and one that was not written to its end; returns the others."""
     if not file.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] >= step:
+        if not line.endswith("\n") or (row := json.loads(line))["step"] >= step:
             break
         kept.append(line)
+        rows.append(row)
     fresh = file.with_suffix(".partial")
     fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(file)
+    return rows
+
+
+def keep_events_before(file: Path, step: int) -> None:
+    """Drop the events of a TensorBoard file from `step` on, and one that was not written to its end.
+
+    The new file's purge_step asks its readers for that; not all of them do it for steps that are not written again.
+    """
+    fresh = file.with_name(f".{file.name}.partial")
+    with fresh.open("wb") as out:
+        writer = RecordWriter(out)
+        for data in RawEventFileLoader(str(file)).Load():
+            if Event.FromString(data).step < step:
+                writer.write(data)
     fresh.replace(file)
 
 

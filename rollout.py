@@ -30,6 +30,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data import Question
+from errors import UserError
 from log_probs import padded_inputs
 
 BLOCK = 256  # tokens of the vocabulary that are first drawn from together
@@ -127,8 +128,13 @@ def decode(
         )
         new = output.sequences[:, input_ids.shape[1] :]
         left -= new.shape[1]
-        noted = drawn.log_probs().tolist() if drawn else [[]] * len(rows)
-        for i, ids, values in zip(rows, new.tolist(), noted, strict=True):
+        noted = drawn.log_probs() if drawn else torch.empty(len(rows), 0)
+        if noted.isnan().any():
+            raise UserError(
+                "The model's logits are not finite, so nothing can be sampled: its weights have overflowed (lower "
+                "--lr, and go on from an earlier checkpoint) or are broken from the start."
+            )
+        for i, ids, values in zip(rows, new.tolist(), noted.tolist(), strict=True):
             tokens[i] += ids
             log_probs[i] += values
         going = (~ended.rows(output.sequences)).nonzero().squeeze(-1)
@@ -211,7 +217,7 @@ class Draw(LogitsProcessor):
         number = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
         block, rest = passed(sums, number * sums.sum(-1, keepdim=True))
         place, _ = passed(blocks.take_along_dim(block[..., None], 1)[:, 0].double(), rest)
-        token = block * BLOCK + place
+        token = (block * BLOCK + place).clamp(max=probs.shape[-1] - 1)  # of a row of NaNs, which `decode` reports
         self.columns.append(probs.gather(-1, token).log())
         return scores.fill_(-torch.inf).scatter_(-1, token, 0.0)
 
@@ -225,11 +231,11 @@ def passed(weights: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
 
     With a random point this draws in proportion to the weights (the inverse of their cumulated distribution).
 
-    float64 in; int64 (B, 1) and float64 (B, 1) out.
+    float64 in; int64 (B, 1) and float64 (B, 1) out. A row of NaNs is passed at its end.
     """
     cumulated = weights.cumsum(-1)
     point = torch.minimum(point, cumulated[:, -1:] * (1 - 2**-50))  # rounding may have put it at the end or beyond
-    index = torch.searchsorted(cumulated, point, right=True)
+    index = torch.searchsorted(cumulated, point, right=True).clamp(max=weights.shape[-1] - 1)
     return index, point - (cumulated - weights).gather(-1, index)
 
 

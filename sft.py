@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
     policy = Policy(load_model(config.model, config.precision, config.gradient_checkpointing), temperature=1.0)
     questions, dropped = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
     print(f"{len(questions)} examples; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens")
-    folder = new_run_dir(config)
+    folder, _held = new_run_dir(config)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(policy, config))
     fit(policy, optimizer, accelerator, tokenizer, QuestionStream(questions, config.seed), config)
     try:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import reward
+from alarms import alarms_for
 from config import Config, located, parse_config
 from data import Question, QuestionStream, load_questions, with_prompts
 from errors import UserError, command
@@ -40,6 +41,7 @@ from model import (
     load_tokenizer,
 )
 from monitor import Monitor, completion_page, describe_run, progress
+from preflight import check_sampler
 from replay_buffer import Experience, ReplayBuffer, batches, neighbours, pad_batch
 from rollout import Completion, Sampling, rollout
 
@@ -64,6 +66,12 @@ class Trainer:
     start_step: int
     micro_batch_size: int
     twin: nn.Module | None = None  # the model in bf16, where its own weights are fp32 and the arithmetic is not
+    skipped: int = 0  # optimizer steps without a finite loss and gradient, the last ones in a row
+
+    @property
+    def stuck(self) -> bool:
+        """Whether too many optimizer steps in a row were skipped."""
+        return 0 < self.config.max_skipped_steps <= self.skipped
 
     @property
     def model(self) -> nn.Module:
@@ -112,10 +120,12 @@ def train(t: Trainer, run_dir: Path) -> None:
             if due(config.eval_interval, step, last):
                 evaluation(t)
             t.monitor.flush(step, config.steps)
-            if due(config.checkpoint_interval, step, last or interrupted()):
+            if due(config.checkpoint_interval, step, last or interrupted() or t.stuck):
                 save(t, run_dir, step)
-            if interrupted():
+            if interrupted() or t.stuck:
                 break
+    if t.stuck:
+        raise UserError(give_up(t, run_dir, step))
     say_goodbye(run_dir, step)
 
 
@@ -305,7 +315,9 @@ def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.G
         skipped = 0
         for _ in range(config.epochs_per_step):
             for mini_batch in replay_buffer.mini_batches(config.train_batch_size, generator):
-                skipped += not optimizer_step(t, mini_batch)
+                finite = optimizer_step(t, mini_batch)
+                skipped += not finite
+                t.skipped = 0 if finite else t.skipped + 1
     t.monitor.add("train/skipped_steps", skipped)
     t.policy.eval()
 
@@ -367,8 +379,19 @@ def evaluation(t: Trainer) -> None:
 
 def save(t: Trainer, run_dir: Path, step: int) -> None:
     """A checkpoint of this step."""
-    state = checkpoint.TrainerState(step, t.questions.position, t.optimizer.state_dict(), t.loss.state_dict())
+    state = checkpoint.TrainerState(
+        step, t.questions.position, t.optimizer.state_dict(), t.loss.state_dict(), t.skipped
+    )
     checkpoint.save_checkpoint(run_dir, state, t.model, t.tokenizer, t.config)
+
+
+def give_up(t: Trainer, run_dir: Path, step: int) -> str:
+    """The sentence for a run that cannot go on."""
+    return (
+        f"{t.skipped} optimizer steps in a row had no finite loss and gradient (up to step {step}); the weights are "
+        f"those from before them. Look for extreme rewards and log-probabilities; go on with --resume {run_dir} and a "
+        "lower --lr, or with --precision fp32 where it is bf16."
+    )
 
 
 def show_samples(t: Trainer, group: Group, advantages: Tensor, step: int) -> None:
@@ -431,7 +454,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     accelerator = build_accelerator(config)
     found = checkpoint.checkpoints(Path(resume)) if resume else []
     saved = found[-1] if found else None
-    state = checkpoint.load_state(saved) if saved else None
+    state = checkpoint.load_state(saved, config) if saved else None
 
     questions = load_questions(located(config.dataset), "train", config.dataset_config)
     tokenizer = load_tokenizer(config.model)
@@ -458,10 +481,13 @@ def build(config: Config, resume: str | None) -> Trainer:
     stream = QuestionStream(questions, config.seed, state.position if state else 0)
     step = state.step if state else 0
     twin = decoding_copy(model, config.model) if config.precision == "bf16" else None
-    return Trainer(
-        config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, Monitor(), step,
-        config.micro_batch, twin,
+    monitor = Monitor(alarms_for(loss.objective, config.top_p))
+    t = Trainer(
+        config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, monitor, step,
+        config.micro_batch, twin, state.skipped if state else 0,
     )  # fmt: skip
+    check_sampler(t.sampler(), policy, tokenizer, questions, config)
+    return t
 
 
 def describe_objective(config: Config, objective: Objective) -> str:
@@ -483,8 +509,11 @@ def main(argv: list[str]) -> None:
     trainer = build(config, resume)
     if trainer.start_step >= config.steps:
         raise UserError(f"The run is already at step {trainer.start_step} of {config.steps}; raise --steps to go on.")
-    run_dir = Path(resume) if resume else checkpoint.new_run_dir(config)
-    held = held or checkpoint.lock(run_dir)
+    if resume:
+        run_dir = Path(resume)
+        checkpoint.sweep(run_dir)
+    else:
+        run_dir, held = checkpoint.new_run_dir(config)
     place = f"from step {trainer.start_step} " if trainer.start_step else "from the start " if resume else ""
     print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")
     try:

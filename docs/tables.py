@@ -20,7 +20,7 @@ from loss import OBJECTIVES, Objective  # noqa: E402
 
 FILES = [
     "train", "rollout", "reward", "loss", "replay_buffer", "log_probs", "model", "config", "data", "evaluate",
-    "monitor", "checkpoint", "run", "sft", "errors",
+    "monitor", "alarms", "preflight", "checkpoint", "run", "sft", "errors",
 ]  # fmt: skip
 
 

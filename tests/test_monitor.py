@@ -1,5 +1,7 @@
 """monitor.py: names with meanings, sums and counts, and what a reader of TensorBoard finds."""
 
+import re
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,15 +38,14 @@ def test_tensorboard_of_a_run(tiny_run):
     log = EventAccumulator(str(folder))
     log.Reload()
     tags = set(log.Tags()["scalars"]) | set(log.Tags()["tensors"])
-    missing = set(GLOSSARY) - tags
+    missing = {name for name in GLOSSARY if not name.startswith("alarm/")} - tags
     assert not missing, f"explained but never logged: {missing}"
     texts = {t.removesuffix("/text_summary") for t in tags if t.endswith("/text_summary")}
     assert {"guide/metrics", "guide/config", "samples/completion_1"} <= texts
     for charts in CHARTS.values():
         for _, names in charts.values():
-            assert {n.rstrip("$") for n in names} <= set(GLOSSARY), (
-                "a chart of a metric that does not exist stays empty"
-            )
+            empty = [n for n in names if not any(re.match(n, known) for known in GLOSSARY)]
+            assert not empty, "a chart of a metric that does not exist stays empty"
 
 
 def test_console_line():

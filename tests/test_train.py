@@ -1,7 +1,5 @@
 """train.py end to end: it equals itself, it resumes, it survives bad numbers, it learns."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -112,52 +110,6 @@ def test_same_seed_same_metrics_and_another_seed_others(tiny_run):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [("eval/accuracy" in row) for row in rows] == [True, False, True, False, True]
     assert all(isinstance(v, int | float) and abs(v) < 1e9 for row in rows for v in row.values())
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--epochs_per_step=2", "--kl_weight=0.05", "--warmup_steps=3", "--group_size=3", "--rollouts_per_step=5"),
-        ("--objective=dapo", "--reward", "accuracy", "soft_overlong", "--reward_weights", "1", "0.5"),
-        ("--entropy_target=0.5", "--entropy_weight=0.01", "--top_entropy=0.5", "--temperature=0.8"),
-        ("--dataset={few}", "--eval_dataset=tiny/task"),  # 7 questions, so the four steps of 4 cross two epochs
-    ],
-)
-def test_a_resumed_run_equals_one_that_never_stopped(tiny_run, tmp_path, flags):
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(Path("tiny/task/train.jsonl").read_text().splitlines(keepends=True)[:7]))
-    flags = [f.format(few=few) for f in flags]
-    whole = tiny_run("whole", *flags)
-    halves = tiny_run("halves", "--steps=2", *flags)
-    assert tiny_run("halves", f"--resume={halves}", "--steps=4") == halves
-    # The half run evaluated at its end, as the whole run did at step 2, so every row is there in both.
-    assert metrics(halves) == metrics(whole)
-    for name in ("checkpoint-2", "checkpoint-4"):
-        a, b = (AutoModelForCausalLM.from_pretrained(run / name) for run in (whole, halves))
-        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-def test_resume_takes_back_what_came_after_the_checkpoint(tiny_run):
-    """Killed at step 3, one step after its last checkpoint: step 3 is done again, and logged once."""
-    whole = tiny_run("whole")
-    killed = tiny_run("killed", "--steps=3", "--checkpoint_interval=2")
-    import shutil
-
-    shutil.rmtree(killed / "checkpoint-3")
-    with (killed / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "half a li')
-    tiny_run("killed", f"--resume={killed}", "--steps=4", "--eval_interval=2")
-    rows = metrics(killed)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert rows == metrics(whole)
-
-
-def test_killed_before_the_first_checkpoint(tiny_run):
-    """Nothing to resume from but the folder: the run begins again, and step 0 is in the log once."""
-    whole = tiny_run("whole")
-    killed = tiny_run("killed", "--steps=1", "--checkpoint_interval=0")
-    tiny_run("killed", f"--resume={killed}", "--steps=4", "--checkpoint_interval=2")
-    assert metrics(killed) == metrics(whole)
 
 
 def test_resume_holds_the_folder_before_it_looks_for_the_checkpoint(tiny_run, monkeypatch):
@@ -301,26 +253,6 @@ def test_a_finished_run_says_so(tiny_run, capsys):
     with pytest.raises(SystemExit):
         tiny_run("a", f"--resume={folder}")
     assert "already at step 4 of 4; raise --steps" in capsys.readouterr().err
-
-
-def test_ctrl_c_saves_first(tiny_run, tmp_path, monkeypatch):
-    """The signal comes in step 1 of 4; the step is finished and saved, and the resumed run equals the whole one."""
-    import os
-    import signal
-
-    whole = tiny_run("whole", "--checkpoint_interval=100")
-    real = train.compare
-
-    def interrupt(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(train, "compare", interrupt)
-    stopped = tiny_run("stopped", "--checkpoint_interval=100")
-    assert [p.name for p in checkpoint.checkpoints(stopped)] == ["checkpoint-1"]
-    monkeypatch.setattr(train, "compare", real)
-    tiny_run("stopped", f"--resume={stopped}")
-    assert metrics(stopped) == metrics(whole)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_run, monkeypatch, capsys):

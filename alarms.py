@@ -1,0 +1,140 @@
+"""Alarms: what a run that goes wrong looks like in its metrics, and what to change.
+
+Each alarm is a question to the metrics of the steps so far. While its answer is yes, the step's metrics hold
+`alarm/NAME` = 1; the sentence is printed, and written to TensorBoard's tab Text, when that begins. Thresholds and
+advice are those of the verl guide and of the tutorial where they give one (KL 0.1, clipped share 30 %, groups without
+spread 80 %); the others are ours, and none of them sounds in the demo (`tests/test_alarms.py`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, variance
+
+from loss import Objective
+
+Rows = Sequence[dict[str, float]]  # metrics by name, step after step, the last one is now
+
+LONGEST = 200  # steps that are remembered
+QUIET = 20  # steps without it after which an alarm is printed again
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A metric, when it is out of bounds, and what to do then."""
+
+    metric: str
+    bad: Callable[[list[float]], bool]  # its values so far, the last one is now
+    advice: str
+
+
+def mean_of(count: int, bad: Callable[[float], bool]) -> Callable[[list[float]], bool]:
+    """Whether the mean of the last `count` values is bad."""
+    return lambda values: len(values) >= count and bad(fmean(values[-count:]))
+
+
+def has_fallen(values: list[float]) -> bool:
+    """The mean of 10 steps is a fifth below the best 10 before, and by more than their noise explains.
+
+    5 standard errors, because the best of many means is compared.
+    """
+    now, before = values[-10:], values[:-10]
+    if len(before) < 10:
+        return False
+    best = max((before[i : i + 10] for i in range(len(before) - 9)), key=fmean)
+    fall = fmean(best) - fmean(now)
+    return fall > max(0.2 * abs(fmean(best)), 5 * math.sqrt((variance(best) + variance(now)) / 10))
+
+
+def has_collapsed(values: list[float]) -> bool:
+    """The mean of 5 steps is below a third of what it was 20 steps before."""
+    return len(values) >= 25 and fmean(values[-5:]) < fmean(values[-25:-20]) / 3
+
+
+def has_exploded(values: list[float]) -> bool:
+    """The mean of 5 steps is more than four times what it was 20 steps before."""
+    return len(values) >= 25 and fmean(values[-5:]) > 4 * fmean(values[-25:-20])
+
+
+def has_jumped(values: list[float]) -> bool:
+    """Three values in a row are ten times the median of the 50 before them."""
+    before = values[-53:-3]
+    return len(before) >= 10 and min(values[-3:]) > 10 * median(before) > 0
+
+
+ALARMS = {
+    "kl": Alarm(
+        "train/kl_divergence", mean_of(3, lambda x: x > 0.1),
+        "The policy is far from the reference (KL above 0.1): raise kl_weight or lower lr.",
+    ),
+    "clipped": Alarm(
+        "train/clipped_share", mean_of(3, lambda x: x > 0.3),
+        "More than 30 % of the tokens are clipped and teach nothing: lower lr or epochs_per_step.",
+    ),
+    "ratio": Alarm(
+        "train/ratio_mean", mean_of(3, lambda x: abs(x - 1) > 0.1),
+        "New and old policy differ by more than 10 % on the average token: lower lr or epochs_per_step, or raise "
+        "train_batch_size.",
+    ),
+    "no_spread": Alarm(
+        "rollout/no_spread_share", mean_of(5, lambda x: x > 0.8),
+        "More than 80 % of the groups have equal rewards and teach nothing. If most answers are wrong: easier "
+        "questions, a warm start (sft.py) or a finer reward; if most are right: harder questions. In both cases a "
+        "larger group_size, a higher temperature, or --dynamic_sampling 10.",
+    ),
+    "truncated": Alarm(
+        "rollout/truncated_share", mean_of(3, lambda x: x > 0.9),
+        "Nearly every completion is cut off before its end: raise max_new_tokens, or see in the samples whether the "
+        "model ever stops (a base model may need sft.py first).",
+    ),
+    "reward_falls": Alarm(
+        "rollout/returns", has_fallen,
+        "The reward has fallen by a fifth or more from its best: lower lr or raise kl_weight, and go on from an "
+        "earlier checkpoint.",
+    ),
+    "length_explodes": Alarm(
+        "rollout/completion_tokens", has_exploded,
+        "Completions are four times as long as 20 steps ago: read the samples; add the reward soft_overlong or "
+        "length_penalty, or take an objective without the length bias (dr_grpo, dapo).",
+    ),
+    "length_collapses": Alarm(
+        "rollout/completion_tokens", has_collapsed,
+        "Completions are a third as long as 20 steps ago: read the samples, a part of the reward may be had without an "
+        "answer (lower its reward_weights); else lower lr or raise warmup_steps.",
+    ),
+    "gradient": Alarm(
+        "train/grad_norm", has_jumped,
+        "The gradient norm is ten times its usual: lower lr or max_norm, and look for extreme rewards.",
+    ),
+    "skipped": Alarm(
+        "train/skipped_steps", mean_of(1, lambda x: x > 0),
+        "Optimizer steps were skipped because the loss or a gradient was not finite: lower lr; with bf16 try "
+        "--precision fp32.",
+    ),
+    "sampler": Alarm(
+        "train/sampler_gap", mean_of(3, lambda x: x > 0.3),
+        "Sampler and trainer disagree about the sampled tokens: try --precision fp32, or --sampler_correction "
+        "token_truncate.",
+    ),
+}  # fmt: skip
+
+
+def alarms_for(objective: Objective, top_p: float) -> dict[str, Alarm]:
+    """The alarms that mean something under an objective and a sampler.
+
+    A sequence's ratio has a clip so narrow that most are clipped by design (gspo, luspo); a nucleus is a known gap.
+    """
+    without = {"clipped"} if objective.ratio_level != "token" else set()
+    return {
+        name: alarm for name, alarm in ALARMS.items() if name not in without | ({"sampler"} if top_p < 1 else set())
+    }
+
+
+def sounding(alarms: dict[str, Alarm], rows: Rows) -> list[str]:
+    """The alarms that are on at the last of `rows`, by name; each looks at its metric only."""
+    found = []
+    for name, alarm in alarms.items():
+        values = [row[alarm.metric] for row in rows if alarm.metric in row]
+        if alarm.metric in rows[-1] and alarm.bad(values):
+            found.append(name)
+    return found

@@ -1,0 +1,244 @@
+"""checkpoint.py: whole or absent, what is damaged is named, and the only good one is never deleted."""
+
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, metrics
+
+import checkpoint
+import train
+from checkpoint import PREFIX, SUMS, TrainerState, checkpoints, damage, discard, save_checkpoint
+from config import Config
+from errors import UserError
+
+
+@pytest.fixture
+def saved(tmp_path, model, tokenizer):
+    """Saves checkpoints of a random network into one run folder, by step."""
+
+    def save(step, **knobs):
+        state = TrainerState(step, 8 * step, {"step": step})
+        return save_checkpoint(tmp_path, state, model, tokenizer, Config(preset="tiny", model="tiny/model", **knobs))
+
+    return save
+
+
+def names(run_dir):
+    return [p.name for p in checkpoints(run_dir)]
+
+
+def flip(file, place=-100):
+    """One bit of a file."""
+    data = bytearray(file.read_bytes())
+    data[place % len(data)] ^= 1
+    file.write_bytes(data)
+
+
+def test_the_sums_are_those_of_sha256sum(saved, tmp_path):
+    folder = saved(3)
+    lines = (folder / SUMS).read_text().splitlines()
+    assert sorted(line[66:] for line in lines) == sorted(p.name for p in folder.iterdir() if p.name != SUMS)
+    for line in lines:
+        assert hashlib.sha256((folder / line[66:]).read_bytes()).hexdigest() == line[:64]
+    found = subprocess.run(["sha256sum", "--strict", "-c", SUMS], cwd=folder, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+
+
+BROKEN = {
+    "a bit of the weights": (lambda f: flip(f / "model.safetensors"), "model.safetensors is not what was written"),
+    "a bit of the optimizer": (lambda f: flip(f / "trainer_state.pt"), "trainer_state.pt is not what was written"),
+    "a bit of the sums": (lambda f: flip(f / SUMS, 0), "chat_template.jinja is not what was written"),
+    "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors is not what was"),
+    "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors is not what was written"),
+    "a file is gone": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "the sums are gone": (lambda f: (f / SUMS).unlink(), "SHA256SUMS cannot be read"),
+    "the sums are empty": (lambda f: (f / SUMS).write_text(""), "SHA256SUMS is empty"),
+    "the sums are cut short": (lambda f: os.truncate(f / SUMS, 40), "SHA256SUMS is cut short"),
+    "the sums are binary": (lambda f: (f / SUMS).write_bytes(b"\xff\xfe\x00"), "SHA256SUMS cannot be read"),
+    "another config": (lambda f: (f / "config.yaml").write_text("preset: tiny\n"), "config.yaml is not what was"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_damaged_is_named_and_the_one_before_offered(saved, tmp_path, case):
+    for step in (2, 4, 6):
+        folder = saved(step)
+    spoil, reason = BROKEN[case]
+    spoil(folder)
+    config = Config(preset="tiny", model="tiny/model")
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_state(folder, config)
+    said = str(caught.value)
+    assert f"{folder} is damaged: {reason}" in said and said.endswith(
+        f"remove it (rm -r {folder}) to go on from checkpoint-4."
+    )
+    if (folder / SUMS).exists():
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.find_model(str(tmp_path))
+    flip(tmp_path / "checkpoint-4" / "config.json")
+    with pytest.raises(UserError, match="to go on from checkpoint-2"):
+        checkpoint.load_state(folder, config)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(UserError, match="begin again: there is no whole one before it"):
+        checkpoint.load_state(folder, config)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"], "and nothing is deleted by us"
+
+
+def test_a_checkpoint_of_another_run_is_refused(saved, tmp_path):
+    folder = saved(2)
+    with pytest.raises(UserError, match=r"belongs to another run \(step 2 of tiny/model\)"):
+        checkpoint.load_state(folder, Config(preset="tiny", model="another/model"))
+    moved = folder.rename(tmp_path / "checkpoint-9")
+    with pytest.raises(UserError, match="belongs to another run"):
+        checkpoint.load_state(moved, Config(preset="tiny", model="tiny/model"))
+
+
+class Boom:
+    """What unpickling without care would run."""
+
+    def __reduce__(self):
+        return os.mkdir, ("boom",)
+
+
+@pytest.mark.parametrize("write", [pickle.dump, lambda thing, file: torch.save({"step": thing}, file)])
+def test_nothing_is_unpickled(saved, tmp_path, monkeypatch, write):
+    """A stranger's folder, with sums that agree: torch's loader for plain tensors refuses what is not one."""
+    monkeypatch.chdir(tmp_path)
+    folder = saved(2)
+    with (folder / "trainer_state.pt").open("wb") as file:
+        write(Boom(), file)
+    (folder / SUMS).unlink()
+    checkpoint.write_sums(folder)
+    assert damage(folder) is None
+    with pytest.raises(UserError, match="made by another program or version"):
+        checkpoint.load_state(folder, Config(preset="tiny", model="tiny/model"))
+    assert not (tmp_path / "boom").exists()
+
+
+def test_keep_checkpoints_never_deletes_the_one_just_written(saved, tmp_path):
+    for step in (1, 2, 3):
+        saved(step, keep_checkpoints=2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    (tmp_path / "checkpoint-999").mkdir()  # somebody's; newer by its name only
+    saved(4, keep_checkpoints=1)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-999"]
+
+
+def test_a_write_that_fails_anywhere_leaves_the_others(saved, tmp_path, monkeypatch):
+    """At every call that touches the disk in turn, until none fails: the disk is full, and the older one stays good."""
+    good = saved(2)
+    real = {name: getattr(checkpoint, name) for name in ("write_sums", "sync", "sha256", "discard")}
+    for fatal in range(1000):
+        calls = []
+
+        def counted(name, calls=calls, fatal=fatal):
+            def call(*args):
+                calls.append(name)
+                if len(calls) == fatal + 1:
+                    raise OSError(28, "No space left on device")
+                return real[name](*args)
+
+            return call
+
+        for name in real:
+            monkeypatch.setattr(checkpoint, name, counted(name))
+        try:
+            saved(4, keep_checkpoints=5)
+        except UserError as error:
+            assert "No space left on device" in str(error) and "checkpoint-2" in str(error)
+            assert names(tmp_path) in (["checkpoint-2"], ["checkpoint-2", "checkpoint-4"])
+            for name, function in real.items():
+                monkeypatch.setattr(checkpoint, name, function)
+            assert damage(good) is None and not list(tmp_path.glob(".*"))
+            if names(tmp_path)[-1] == "checkpoint-4":  # only the last sync failed: what is there is whole
+                assert damage(tmp_path / "checkpoint-4") is None
+                discard(tmp_path / "checkpoint-4")
+            continue
+        break
+    assert fatal > 10 and names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, model):
+    saved(2, keep_checkpoints=1)
+    with torch.no_grad():
+        next(model.parameters())[0] = float("inf")
+    with pytest.raises(UserError, match="not finite, so it is not saved.*checkpoint-2.*lower --lr"):
+        saved(4, keep_checkpoints=1)
+    assert names(tmp_path) == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
+
+
+def test_what_a_killed_process_left_is_swept(tiny_run):
+    folder = tiny_run("a", "--steps=2")
+    for name in (".checkpoint-3.partial", ".checkpoint-1.deleted"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    assert names(folder) == ["checkpoint-2"]
+    tiny_run("a", f"--resume={folder}", "--steps=3")
+    assert not list(folder.glob(".checkpoint*")) and names(folder)[-1] == "checkpoint-3"
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """The real thing, in a process of its own: no file may grow beyond 2 MB, less than the weights need."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, 2 * 2**20)); import train; train.main(sys.argv[1:])"
+    )
+    flags = [
+        "--preset=tiny",
+        "--device=cpu",
+        "--steps=2",
+        "--rollouts_per_step=2",
+        "--group_size=2",
+        "--train_batch_size=4",
+    ]
+    flags += ["--max_new_tokens=4", "--eval_interval=0", f"--run_dir={tmp_path}/run"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Cannot write" in errors[0] and "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+def test_two_processes_that_begin_at_once(tmp_path, monkeypatch):
+    """The second comes between the first one's look at the folder and its lock."""
+    config = Config(preset="tiny", run_dir=str(tmp_path / "run"))
+    real, inner = checkpoint.lock, []
+
+    def late(folder):
+        if not inner:
+            inner.append(None)
+            inner[0] = checkpoint.new_run_dir(config)
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "lock", late)
+    with pytest.raises(UserError, match="in use by another process"):
+        checkpoint.new_run_dir(config)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    inner[0][1].release()
+
+
+def test_a_new_run_that_cannot_write_leaves_no_folder(tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Config, "save", full)
+    with pytest.raises(UserError, match="No space left on device; choose another --run_dir"):
+        checkpoint.new_run_dir(Config(preset="tiny", run_dir=str(tmp_path / "a" / "b" / "run")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_model_on_resume_is_refused(tiny_run, capsys):
+    folder = tiny_run("a", "--steps=2")
+    before = metrics(folder, timeless=False)
+    with pytest.raises(SystemExit):
+        train.main([f"--resume={folder}", "--model=tiny/other", "--steps=4"])
+    assert "trains tiny/model; to begin with another model" in capsys.readouterr().err
+    assert metrics(folder, timeless=False) == before
+    assert PREFIX + "2" in names(folder)

@@ -1,0 +1,139 @@
+"""Exact resume: a run that was killed and one that never was have the same metrics and weights, bit for bit.
+
+The processes that are really killed, at random moments, are those of benchmarks/kill_resume.py.
+"""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import train
+from loss import OBJECTIVES
+
+CHOICES = [
+    *([f"--objective={name}"] for name in OBJECTIVES),
+    ["--kl_weight=0.05", "--warmup_steps=3", "--group_size=3", "--rollouts_per_step=5", "--train_batch_size=7"],
+    ["--objective=dapo", "--reward", "accuracy", "soft_overlong", "--reward_weights", "1", "0.5"],
+    ["--entropy_target=0.5", "--entropy_weight=0.01", "--top_entropy=0.5", "--temperature=0.8", "--eval_samples=2"],
+    ["--precision=bf16", "--gradient_checkpointing", "--kl_weight=0.1"],
+    ["--precision=bf16-pure", "--weight_decay=0.1"],
+]
+
+
+def same_checkpoint(run, other, name):
+    """Weights and optimizer, bit for bit."""
+    states = [torch.load(folder / name / "trainer_state.pt", weights_only=True) for folder in (run, other)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    weights = [(folder / name / "model.safetensors").read_bytes() for folder in (run, other)]
+    return weights[0] == weights[1]
+
+
+def few_questions(path):
+    """Ten, so that the steps of a run cross an epoch's end."""
+    lines = Path("tiny/task/train.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:10]))
+    return [f"--dataset={path}", "--eval_dataset=tiny/task"]
+
+
+@pytest.mark.parametrize("flags", CHOICES, ids=" ".join)
+def test_a_resumed_run_equals_one_that_never_stopped(tiny_run, tmp_path, flags):
+    """Killed in step 4 and resumed from step 2: two epochs over each rollout, an evaluation in every step."""
+    common = [*few_questions(tmp_path / "few.jsonl"), "--epochs_per_step=2", "--eval_interval=1", "--eval_questions=5"]
+    whole = tiny_run("whole", *common, *flags)
+    killed = tmp_path / "killed"
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoint-4")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "half a li')
+    tiny_run("killed", f"--resume={killed}")
+    assert metrics(killed) == metrics(whole)
+    assert same_checkpoint(killed, whole, "checkpoint-4")
+    position = train.checkpoint.load_state(
+        killed / "checkpoint-4", train.parse_config([f"--resume={killed}"])[0]
+    ).position
+    assert position > 10, "an epoch has ended"
+
+
+def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
+    """Each step once and as in metrics.jsonl, though killed twice, the last time in the middle of a record.
+
+    Read without TensorBoard's own clean-up (purge_orphaned_data), which not all of its readers do.
+    """
+    killed = tiny_run("killed", "--steps=6", "--checkpoint_interval=2", "--eval_interval=1")
+    for _ in range(2):
+        shutil.rmtree(killed / "checkpoint-6")
+        for events in killed.glob("events.*"):
+            with events.open("ab") as file:
+                file.write(b"\x18\x00\x00\x00")  # the begin of a record's length
+        tiny_run("killed", f"--resume={killed}")
+    log = EventAccumulator(str(killed), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
+    log.Reload()
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(7))
+    tags = {name for row in rows for name in row} - {"step"}
+    assert tags == set(log.Tags()["scalars"])
+    for tag in tags:
+        shown = [(e.step, e.value) for e in log.Scalars(tag)]
+        assert shown == [(row["step"], pytest.approx(row[tag])) for row in rows if tag in row], tag
+    pages = [e.step for e in log.Tensors("samples/completion_1/text_summary")]
+    assert pages == list(range(1, 7))
+
+
+def test_killed_before_the_first_checkpoint(tiny_run):
+    """Nothing to resume from but the folder: the run begins again, and step 0 is in the log once."""
+    whole = tiny_run("whole")
+    killed = tiny_run("killed", "--steps=1", "--checkpoint_interval=0")
+    tiny_run("killed", f"--resume={killed}", "--steps=4", "--checkpoint_interval=2")
+    assert metrics(killed) == metrics(whole)
+
+
+def kill_in_step(monkeypatch, number, step=1):
+    """Have the process killed in the middle of a step."""
+    real, calls = train.compare, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(train, "compare", interrupt)
+    return lambda: monkeypatch.setattr(train, "compare", real)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_kill_saves_first_and_loses_nothing(tiny_run, monkeypatch, number):
+    """The signal comes in step 3 of 4; the step is finished and saved, and the resumed run equals the whole one."""
+    whole = tiny_run("whole", "--checkpoint_interval=100")
+    undo = kill_in_step(monkeypatch, number, step=3)
+    stopped = tiny_run("stopped", "--checkpoint_interval=100")
+    assert [p.name for p in checkpoint.checkpoints(stopped)] == ["checkpoint-3"]
+    assert [row["step"] for row in metrics(stopped)] == [0, 1, 2, 3]
+    undo()
+    tiny_run("stopped", f"--resume={stopped}")
+    assert metrics(stopped) == metrics(whole)
+    assert same_checkpoint(stopped, whole, "checkpoint-4")
+
+
+def test_the_second_ctrl_c_stops_at_once(tiny_run, tmp_path, monkeypatch, capsys):
+    real = train.compare
+
+    def interrupt(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train, "compare", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        tiny_run("stopped", "--eval_interval=0")
+    assert caught.value.code == 130 and "once more stops at once" in capsys.readouterr().out
+    assert not checkpoint.checkpoints(tmp_path / "stopped") and not (tmp_path / "stopped" / "metrics.jsonl").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "what was there before is there again"
