@@ -6,6 +6,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausa
 
 from config import located
 from data import Question, load_questions, with_prompts
+from errors import UserError
 from log_probs import sequences_log_probs
 from model import load_model
 from rollout import Completion, Draw, Sampling, complete, cut, end_tokens, rollout
@@ -216,3 +217,18 @@ def test_the_pad_token_as_a_prompts_own(tokenizer):
             prompts, complete(network, tokenizer, prompts, Sampling(20, 0.0, batch_size=size)), strict=True
         ):
             assert c.ids == plain_greedy(network, prompt, end, 20)
+
+
+def test_logits_that_are_not_finite_are_said(model, tokenizer):
+    """Not an index out of range, which on a GPU ends the process's use of it. One row of three is enough."""
+    for bad in (float("nan"), float("inf")):
+        draw = Draw()
+        scores = torch.zeros(3, 1000)
+        scores[1, 7] = bad
+        out = draw(torch.zeros(3, 1, dtype=torch.long), scores)
+        assert (out == 0).sum(-1).tolist() == [1, 1, 1]
+        assert draw.log_probs().isnan().squeeze(-1).tolist() == [False, True, False]
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(UserError, match="logits are not finite"):
+        complete(model, tokenizer, [[4, 5], [6]], Sampling(4))

@@ -193,6 +193,51 @@ def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     assert float(t.loss.entropy_weight) == pytest.approx(0.1), "nor does the entropy bonus move"
 
 
+def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(tiny_run, tmp_path, monkeypatch, capsys):
+    """From step 2 on no gradient is finite: the third skipped optimizer step in a row is in step 3, with two a step."""
+    real, steps = train.gradients, []
+
+    def broken(t, pairs, size):
+        steps.append(1)
+        total, *others = real(t, pairs, size)
+        return (total * float("nan") if len(steps) > 2 else total, *others)
+
+    monkeypatch.setattr(train, "gradients", broken)
+    with pytest.raises(SystemExit) as caught:
+        tiny_run(
+            "a",
+            "--max_skipped_steps=3",
+            "--steps=9",
+            "--eval_interval=0",
+            "--checkpoint_interval=100",
+            "--kl_weight=0.1",
+        )
+    said, folder = capsys.readouterr(), tmp_path / "a"
+    assert caught.value.code == 2 and "4 optimizer steps in a row had no finite loss" in said.err
+    assert "lower --lr" in said.err and f"--resume {folder}" in said.err and "ALARM skipped" in said.out
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
+    monkeypatch.setattr(train, "gradients", real)
+    one = tiny_run("b", "--steps=1", "--eval_interval=0", "--kl_weight=0.1")
+    assert (folder / "checkpoint-3" / "model.safetensors").read_bytes() == (
+        one / "checkpoint-1" / "model.safetensors"
+    ).read_bytes()
+    tiny_run("a", f"--resume={folder}", "--steps=4", "--lr=1e-6")
+    assert metrics(folder)[-1]["step"] == 4 and metrics(folder)[-1]["train/skipped_steps"] == 0
+
+
+def test_skipped_steps_are_counted_over_a_resume(tiny_run, monkeypatch):
+    """Bad numbers in the last step before it and in the first one after; and 0 never stops."""
+    real = train.gradients
+    monkeypatch.setattr(
+        train, "gradients", lambda t, pairs, size: (torch.tensor(float("nan")), *real(t, pairs, size)[1:])
+    )
+    folder = tiny_run("a", "--max_skipped_steps=3", "--steps=1", "--kl_weight=0.1")
+    with pytest.raises(SystemExit):
+        tiny_run("a", f"--resume={folder}", "--steps=4")
+    assert metrics(folder)[-1]["step"] == 2
+    tiny_run("b", "--max_skipped_steps=0", "--steps=3", "--kl_weight=0.1")
+
+
 def test_each_step_draws_numbers_of_its_own():
     def draw(seed, step):
         generator = train.seed_step(seed, step)

@@ -1,0 +1,129 @@
+"""alarms.py: each alarm sounds when what it is about goes wrong, stays silent in a healthy run, and is heard once."""
+
+import json
+import random
+
+import pytest
+from conftest import ROOT, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from alarms import ALARMS, LONGEST, QUIET, alarms_for, has_fallen, sounding
+from loss import OBJECTIVES
+from monitor import Monitor
+
+HEALTHY = {
+    "train/kl_divergence": 0.02, "train/clipped_share": 0.1, "train/ratio_mean": 1.01, "train/grad_norm": 0.4,
+    "train/skipped_steps": 0.0, "train/sampler_gap": 0.03, "rollout/no_spread_share": 0.4, "rollout/returns": 0.5,
+    "rollout/truncated_share": 0.1, "rollout/completion_tokens": 150.0,
+}  # fmt: skip
+# metric, its values step by step (the last ones go wrong), the step in which the alarm first sounds
+WRONG = {
+    "kl": [0.05, 0.05, 0.05, 0.12, 0.12, 0.12], "clipped": [0.2, 0.2, 0.29, 0.32, 0.32], "ratio": [1, 1, 0.8, 0.8],
+    "no_spread": [0.7, 0.85, 0.85, 0.85, 0.85], "truncated": [0.5, 0.95, 0.95, 0.95],
+    "reward_falls": [0.5, 0.52] * 10 + [0.3, 0.28] * 4, "length_explodes": [100.0] * 20 + [900.0] * 5,
+    "length_collapses": [155.0] * 20 + [18.0] * 5, "gradient": [0.5] * 10 + [6.0] * 3, "skipped": [0.0, 1.0],
+    "sampler": [0.03, 0.6, 0.6, 0.6],
+}  # fmt: skip
+
+
+def watched(name, values):
+    """Which alarms are on after each step, when the metric of alarm `name` takes these values."""
+    rows = [HEALTHY | {ALARMS[name].metric: value} for value in values]
+    return [sounding(ALARMS, rows[: i + 1]) for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_each_alarm_sounds_and_no_other(name):
+    on = watched(name, WRONG[name])
+    assert on[-1] == [name], on
+    assert on[0] == [] and all(x in ([], [name]) for x in on)
+
+
+def test_the_documents_thresholds():
+    for name, limit in (("kl", 0.1), ("clipped", 0.3), ("no_spread", 0.8)):
+        assert watched(name, [limit - 0.001] * 10)[-1] == [] and watched(name, [limit + 0.001] * 10)[-1] == [name]
+    for name, word in (
+        ("kl", "raise kl_weight or lower lr"),
+        ("no_spread", "--dynamic_sampling"),
+        ("clipped", "lower lr"),
+    ):
+        assert word in ALARMS[name].advice
+
+
+def test_a_spike_is_no_alarm():
+    """One step in five far out of bounds, of every metric that is averaged."""
+    for name in ("kl", "clipped", "gradient", "truncated"):
+        good, bad = HEALTHY[ALARMS[name].metric], WRONG[name][-1]
+        assert not any(watched(name, ([good] * 4 + [bad]) * 12)), name
+
+
+def test_a_noisy_reward_that_does_not_fall_is_left_alone():
+    """Rewards of 32 groups of 8, as noisy as they can be; 300 runs of 200 steps, and one false alarm is allowed."""
+    chance, false = random.Random(0), 0
+    for _ in range(300):
+        rate = chance.random()
+        values = [sum(chance.random() < rate for _ in range(32)) / 32 for _ in range(60)]
+        false += any(has_fallen(values[:n]) for n in range(20, 61))
+    assert false <= 1
+    fallen = [0.6 + 0.02 * chance.random() for _ in range(30)] + [0.4 + 0.02 * chance.random() for _ in range(10)]
+    assert has_fallen(fallen)
+
+
+def test_missing_metrics_are_no_alarm():
+    assert sounding(ALARMS, [{"eval/accuracy": 0.0}]) == []
+    assert sounding(ALARMS, [HEALTHY | {"train/kl_divergence": 9.0}] * 5 + [{"eval/accuracy": 0.0}]) == []
+
+
+def test_alarms_that_mean_nothing_are_left_out():
+    every = set(ALARMS)
+    assert set(alarms_for(OBJECTIVES["grpo"], 1.0)) == every
+    assert set(alarms_for(OBJECTIVES["gspo"], 1.0)) == every - {"clipped"}, "its narrow clip takes most, by design"
+    assert set(alarms_for(OBJECTIVES["grpo"], 0.9)) == every - {"sampler"}, "a nucleus is a known gap"
+
+
+def test_the_demo_raises_none():
+    """Five seeds of the whole demo, as they are in results/. Its completions grow six times as long, and should."""
+    runs = {}
+    for line in (ROOT / "results" / "demo.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        runs.setdefault(row["seed"], []).append(row)
+    assert len(runs) == 5
+    for rows in runs.values():
+        heard = {name for i in range(len(rows)) for name in sounding(ALARMS, rows[: i + 1])}
+        assert not heard
+
+
+def lines_of(monitor, values, start=1):
+    for step, value in enumerate(values, start):
+        monitor.add("train/kl_divergence", value)
+        monitor.flush(step, 99)
+
+
+def test_an_alarm_is_printed_when_it_begins_and_is_in_every_log(tmp_path, capsys):
+    monitor = Monitor(ALARMS)
+    monitor.open(tmp_path)
+    lines_of(monitor, [0.2] * 6 + [0.0] * (QUIET + 2) + [0.2] * 4)
+    monitor.close()
+    out = capsys.readouterr().out
+    assert out.count("ALARM kl: The policy is far from the reference") == 2, "when it begins, and when it comes back"
+    rows = metrics(tmp_path)
+    on = [row["step"] for row in rows if "alarm/kl" in row]
+    assert on[:4] == [3, 4, 5, 6] and all(row.get("alarm/kl", 1.0) == 1.0 for row in rows)
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    assert [e.step for e in log.Scalars("alarm/kl")] == on
+    (first, _) = log.Tensors("alarm/kl/text_summary")
+    assert b"step 3: The policy is far" in first.tensor_proto.string_val[0]
+
+
+def test_alarms_remember_over_a_resume(tmp_path, capsys):
+    """Two steps above the limit before the resume and one after it are three; and what was said is not said again."""
+    for start, values in ((0, [0.2, 0.2]), (2, [0.2]), (3, [0.2])):
+        monitor = Monitor(ALARMS)
+        monitor.open(tmp_path, start)
+        assert len(monitor.rows) == start
+        lines_of(monitor, values, start + 1)
+        monitor.close()
+    assert capsys.readouterr().out.count("ALARM") == 1
+    assert ["alarm/kl" in row for row in metrics(tmp_path)] == [False, False, True, True]
+    assert monitor.rows.maxlen == LONGEST
