@@ -132,8 +132,12 @@ def save_checkpoint(run_dir: Path, state: TrainerState, model: nn.Module, tokeni
         partial.rename(final)
         sync(run_dir)
     except Exception as error:  # safetensors and torch each report a full disk in a way of their own
+        free = shutil.disk_usage(run_dir).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"Cannot write {final}: {error}. Checkpoints that are there: {kept}.") from error
+        raise UserError(
+            f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with --resume {run_dir}. "
+            f"Checkpoints that are there: {kept}."
+        ) from error
     for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][: -config.keep_checkpoints]:
         discard(old)
     return final

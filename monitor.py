@@ -7,6 +7,7 @@ not in GLOSSARY raises.
 import json
 import os
 import resource
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -143,6 +144,7 @@ class Monitor:
         self.rows.extend(keep_before(self.file, first))
         for events in sorted(run_dir.glob("events.out.tfevents.*")):
             keep_events_before(events, first)
+        threading.excepthook = not_of_the_disk
         self.writer = SummaryWriter(run_dir, purge_step=first)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
@@ -210,6 +212,13 @@ class Monitor:
         with suppress(OSError):
             if self.writer is not None:
                 self.writer.close()
+        threading.excepthook = threading.__excepthook__
+
+
+def not_of_the_disk(details: threading.ExceptHookArgs) -> None:
+    """No traceback for TensorBoard's writer thread where the disk is full: the next `flush` raises its error."""
+    if not issubclass(details.exc_type, OSError):
+        threading.__excepthook__(details)
 
 
 def keep_before(file: Path, step: int) -> list[dict[str, float]]:

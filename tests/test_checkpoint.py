@@ -242,3 +242,48 @@ def test_another_model_on_resume_is_refused(tiny_run, capsys):
     assert "trains tiny/model; to begin with another model" in capsys.readouterr().err
     assert metrics(folder, timeless=False) == before
     assert PREFIX + "2" in names(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own of a given size, for one script; needs the right to mount in a namespace of its own."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let a process mount a file system of its own; see the test before this one")
+
+    def run(size, script):
+        (tmp_path / "disk").mkdir(exist_ok=True)
+        script = f"set -e; mount -t tmpfs -o size={size} tmpfs {tmp_path}/disk; D={tmp_path}/disk; {script}"
+        return subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+
+    return run
+
+
+TRAIN = (
+    f"{sys.executable} train.py --preset tiny --device cpu --steps 4 --rollouts_per_step 2 --group_size 4 "
+    "--train_batch_size 8 --max_new_tokens 8 --eval_interval 0 --run_dir $D/run"
+)
+
+
+def test_a_full_disk(small_disk, tmp_path):
+    """No room for all checkpoints: a sentence, those before it whole; with room again the run goes on exactly."""
+    code = f"""{TRAIN} --checkpoint_interval 1 && exit 9 || echo code $? >&2
+        for c in $D/run/checkpoint-*; do (cd $c && sha256sum --quiet -c SHA256SUMS); done; ls -A $D/run >&2
+        mount -o remount,size=64m $D
+        {sys.executable} train.py --resume $D/run; mv $D/run {tmp_path}/resumed
+        {TRAIN.replace("$D/run", str(tmp_path / "whole"))}"""
+    done = small_disk("15m", code)
+    assert done.returncode == 0, done.stderr
+    assert "code 2" in done.stderr and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert "were free); make room, then go on with --resume" in done.stderr
+    assert "Checkpoints that are there: checkpoint-1" in done.stderr and ".partial" not in done.stderr
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
+    names = [tmp_path / run / "checkpoint-4" / "model.safetensors" for run in ("resumed", "whole")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("size", ["4k", "60k"])
+def test_a_disk_that_is_full_of_logs(small_disk, size):
+    """Whatever does not fit: the config, TensorBoard's file, or the metrics."""
+    done = small_disk(size, f"{TRAIN.replace('--steps 4', '--steps 40')} --checkpoint_interval 0 || exit $?")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: Cannot write")]) == 1
