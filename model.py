@@ -154,12 +154,14 @@ def trial(model: nn.Module) -> str:
     (RWKV, for one) that read padding as text: their log-probabilities would silently be those of another prompt; and
     those whose state in `generate` is not what a pass over the whole text would have.
     """
-    # The same two tokens after the same prompt: alone, beside a longer prompt, and with other tokens after them.
-    rows = ([1, 2, 3], [4, 5]), ([6] * 9, [4, 5]), ([1, 2, 3], [4, 5, 6, 7])
+    # The same completion of the same prompt: alone, beside a longer prompt, and with other tokens after it. Long enough
+    # for attention that puts neighbours together (DeepSeek V4), which padding puts together otherwise.
+    prompt, completion = list(range(1, 14)), [9, 4, 5, 2]
+    rows = (prompt, completion), ([6] * 18, completion), (prompt, [*completion, 6, 7])
     short, longer, more = (Experience.of(*row, 0.0, 0.0) for row in rows)
     padded = pad_batch([short, longer])
     alone, beside, before = (
-        sequences_log_probs(model, batch.sequences[:1], batch.attention_mask[:1], batch.num_actions)[0][:, :2]
+        sequences_log_probs(model, batch.sequences[:1], batch.attention_mask[:1], batch.num_actions)[0][:, :4]
         for batch in (pad_batch([short]), padded, pad_batch([more]))
     )
     most = 0.05 if model.dtype == torch.float32 else 0.5  # rounding alone may choose another expert, of a like weight
@@ -167,7 +169,7 @@ def trial(model: nn.Module) -> str:
         return "is no causal language model: what it says of a token depends on later ones"
     if (alone - beside).abs().max() > most:
         return "does not leave padding out of its computation; choose an attention model"
-    prompts, mask = padded.sequences[:, :-2], padded.attention_mask[:, :-2]
+    prompts, mask = padded.sequences[:, :18], padded.attention_mask[:, :18]
     settings = GenerationConfig(max_new_tokens=8, output_logits=True, return_dict_in_generate=True, pad_token_id=1)
     own, model.generation_config = model.generation_config, settings  # or generate fills in beams and such from it
     try:

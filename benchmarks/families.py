@@ -1,7 +1,7 @@
 """The whole job with every causal language model that transformers can build small: what works, and what says why not.
 
-    python benchmarks/families.py                        then results/families.md; some five minutes
-    python benchmarks/families.py --types gemma2 mamba   only these
+    python benchmarks/families.py                        then results/families.md and families.jsonl; ten minutes
+    python benchmarks/families.py --types gemma2 mamba   only these, into the same table
 
 Each model type gets a config shrunken by rule (`shrunken`), random weights far from their usual start, so that logits
 differ, and the bundled tokenizer. Then, in a process of its own: train.py from its command line with several optimizer
@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from accelerate.state import AcceleratorState  # noqa: E402
-from roofline import command_line, machine, positive, versions  # noqa: E402
+from roofline import machine, positive, versions  # noqa: E402
 
 import train  # noqa: E402
 from config import Parser  # noqa: E402
@@ -323,11 +323,11 @@ def outcomes(kinds: list[str], seconds: int, jobs: int) -> Iterator[dict]:
         yield from pool.map(lambda kind: outcome(kind, seconds), kinds)
 
 
-def report(rows: list[dict], argv: list[str], out: Path) -> None:
+def report(rows: list[dict], out: Path) -> None:
     """results/families.md: how many of each outcome, then every type."""
     counts = Counter(row["outcome"] for row in rows)
     lines = [
-        f"`{command_line(argv)}` on {machine(torch.device('cpu'))}, one thread each; {versions()}.",
+        f"`python benchmarks/families.py` on {machine(torch.device('cpu'))}, one thread each; {versions()}.",
         "",
         f"{len(rows)} of the {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal language model types of transformers, "
         "each with a tiny config and random weights: run, checkpoint and resume bit for bit, greedy completions, a "
@@ -345,29 +345,35 @@ def report(rows: list[dict], argv: list[str], out: Path) -> None:
         lines.append(f"| {row['type']} | {row['outcome']} | {row.get('gap', '')} | {row['seconds']} | {why} |")
     out.mkdir(parents=True, exist_ok=True)
     (out / "families.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "families.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @command
 def main(argv: list[str]) -> None:
     """Every type; the table is written anew after each."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="+", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), metavar="TYPE")
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="their rows are made anew; else all are")
     parser.add_argument("--seconds", type=positive, default=90, help="the most that one type may take")
     parser.add_argument("--jobs", type=positive, default=1, help="types at a time, each on one thread")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     parser.add_argument("--traces", action="store_true", help="print the traceback of a FAULT")
     args = parser.parse_args(argv)
-    kinds = [choose(k, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal language model type") for k in args.types]
+    known = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    kinds = [choose(k, known, "causal language model type") for k in args.types or known]
+    earlier = args.out / "families.jsonl"
+    rows = {}
+    if args.types and earlier.exists():
+        rows = {row["type"]: row for row in map(json.loads, earlier.read_text(encoding="utf-8").splitlines())}
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows = []
     for row in outcomes(kinds, args.seconds, args.jobs):
-        rows.append(row)
-        report(rows, argv, args.out)
+        trace = row.pop("trace", "")
+        rows[row["type"]] = row
+        report([rows[k] for k in known if k in rows], args.out)
         gap, seconds = row.get("gap", ""), row["seconds"]
         print(f"{row['type']:28} {row['outcome']:10} {gap:6} {seconds:5.1f} s  {row['why']}", flush=True)
-        if args.traces and "trace" in row:
-            print(row["trace"], flush=True)
+        if args.traces and trace:
+            print(trace, flush=True)
 
 
 if __name__ == "__main__":
