@@ -10,6 +10,7 @@ room: whenever half of a batch has, `generate` is called again for the others. A
 where generate's own multinomial makes one for each token of the vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +155,8 @@ def read_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     values (Mamba, LFM2), which could not be repeated and picked from by row: those read all, and no row leaves early.
     """
     if model._is_stateful or not model._supports_default_dynamic_cache():  # private, and what generate itself asks
+        return None
+    if "past_key_values" not in inspect.signature(model.forward).parameters:  # no cache at all (OpenAI's first GPT)
         return None
     cache = DynamicCache(config=model.config)
     if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:

@@ -38,7 +38,7 @@ OTHERS = {
 
 def family(name, given):
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[name](**SMALL, **given)
+    config = CONFIG_MAPPING[name](**(SMALL | given))
     network = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in network.parameters():
