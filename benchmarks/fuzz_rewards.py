@@ -1,0 +1,315 @@
+"""Hostile completions through every built-in reward: exceptions, and whether time grows faster than length.
+
+    python benchmarks/fuzz_rewards.py                    a million, then results/fuzz.md; about ten minutes
+    python benchmarks/fuzz_rewards.py --cases 10000 --atheris 0
+
+Two ways to make them. From a grammar: pieces of tags, digits, signs, LaTeX and odd characters, joined, repeated, cut
+and nested by a seeded generator; a few are megabytes long. And guided by coverage: atheris mutates bytes towards parts
+of reward.py that no text has reached yet. atheris is optional (pip install atheris); without it the grammar makes all.
+
+Each text goes through every reward of reward.py and through what is below them, half of the time with a reference that
+is hostile too. What is returned must be finite numbers of the right type. Times are of this thread alone, so that other
+programs do not count. Then the texts that look worst are measured at growing sizes: µs per kB must not grow.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from roofline import command_line, machine, positive, versions  # noqa: E402
+
+from config import Parser  # noqa: E402
+from errors import UserError, command  # noqa: E402
+
+PIECES = (
+    "<answer>", "</answer>", "<think>", "</think>", "<answer", "</answer", "</", "<", "<answer>72</answer>",
+    "72", "1,000", "1,", ",", ".", "..", "-", "−", "–", "+", "=", "/", "*", "**", "^", "_", "|", "1e999",
+    "1e-999", "1e", "e", "nan", "inf", "9**9**9", "٧٢", "７２", "𝟕𝟐", "²", "½", "¼", "Ⅻ", "\\frac{", "}{", "}",
+    "{", "\\boxed{", "\\text{", "\\sqrt{", "\\,", "\\!", "{,}", "\\", "m^2", "m2", " ", "  ", "\n", "\t",
+    "\x00", "\x85", "\u2028", "\ud800", "\udfff", "\u202e", "\u200f", "\u200b", "\u00a0", "\ufeff", "$", "€",
+    "%", "°", "(", ")", "[", "]", "x", "or", "not", "half", "million", "hundred thousand", "minus ", "1 000",
+    "1'000", "'", "İ", "ß", "ﬀ", "Σ", "e\u0301", "🍎", "x = ", "× 10^", "10^{-5}", "__import__('os')", "0x48",
+    "1_000", "# 72", "1 1/2", "72/0", "0/0", "9" * 60,
+)  # fmt: skip
+WORST = (
+    "<answer>", "</answer>", "<answer>1</answer>", "<think>", "<", "1", "1,", "1,000", "1 000 ", "- ", "1 ",
+    "a ", "1 a ", "=", "1e", "9**", "\\frac{", "m^2 ", "minus ", "ß", "\ud800", "\x00", "７", "1/",
+)  # fmt: skip
+SIZES = (16, 64, 256, 1024, 4096)  # thousands of characters
+LONG = 10_000  # characters, from which on time per kB says something
+GROWTH = 8.0  # of the time per kB, from the smallest size to the largest; quadratic would be 256
+
+
+# ------------------------------------------------------------------------------------------------ what is called
+
+
+def functions() -> dict[str, Callable[[str, str], Any]]:
+    """Everything that reads a completion: name to a function of (completion, reference), which checks its result."""
+    import reward  # here, so that atheris can instrument it first
+
+    def checked(kind: type, call: Callable[[str, str], Any]) -> Callable[[str, str], None]:
+        def run(text: str, reference: str) -> None:
+            value = call(text, reference)
+            assert isinstance(value, kind), f"{type(value).__name__} returned"
+            assert kind is not float or math.isfinite(value), f"{value} returned"
+
+        return run
+
+    def through(function: Callable[..., list]) -> Callable[[str, str], float]:
+        return lambda text, reference: function(
+            prompts=[text], completions=[text], reference=[reference], completion_ids=[[1]], max_new_tokens=9
+        )[0]
+
+    found = {name: checked(float, through(function)) for name, function in reward.REWARDS.items()}
+    return found | {
+        "find_answer": checked(str | None, lambda text, _: reward.find_answer(text)),
+        "find_reasoning": checked(str | None, lambda text, _: reward.find_reasoning(text)),
+        "same_answer": checked(bool, reward.same_answer),
+        "same_answer, as reference": checked(bool, lambda text, reference: reward.same_answer(reference, text)),
+        "is_correct_flexible": checked(bool, reward.is_correct_flexible),
+    }
+
+
+@dataclass
+class Tally:
+    """What one function did: calls, exceptions, the longest call under LONG in µs, the worst µs per kB from LONG on."""
+
+    calls: int = 0
+    exceptions: int = 0
+    first: str = ""
+    longest: float = 0.0
+    per_kb: float = 0.0
+    size: int = 0
+
+    def call(self, function: Callable[[str, str], Any], text: str, reference: str) -> None:
+        """One call, counted and timed."""
+        self.calls += 1
+        start = time.thread_time()
+        try:
+            function(text, reference)
+        except Exception as error:  # this is what is looked for
+            self.exceptions += 1
+            self.first = self.first or f"{type(error).__name__} for {text[:200]!r} and {reference[:50]!r}"
+        took = 1e6 * (time.thread_time() - start)
+        if len(text) < LONG:
+            self.longest = max(self.longest, took)
+        elif took / (len(text) / 1000) > self.per_kb:
+            self.per_kb, self.size = took / (len(text) / 1000), len(text)
+
+
+# -------------------------------------------------------------------------------------------------- from a grammar
+
+
+def hostile(rng: random.Random) -> str:
+    """One text: pieces in a row, perhaps repeated, wrapped in tags, reversed or cut."""
+    pieces = rng.choices(PIECES, k=rng.randrange(1, 12))
+    if rng.random() < 0.3:
+        pieces.insert(
+            rng.randrange(len(pieces)), "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(9)))
+        )
+    text = "".join(pieces)
+    chance = rng.random()
+    if chance < 0.2:
+        text *= rng.randrange(2, 40)
+    elif chance < 0.21:
+        text *= rng.randrange(2, 20_000) // len(text) + 1
+    elif chance < 0.2101:
+        text *= rng.randrange(100_000, 2_000_000) // len(text) + 1
+    if rng.random() < 0.6:
+        text = f"<think>{rng.choice(PIECES)}</think><answer>{text}</answer>"
+    if rng.random() < 0.05:
+        text = text[::-1]
+    if rng.random() < 0.05:
+        text = text[: rng.randrange(len(text))]
+    return text
+
+
+def from_grammar(cases: int, seed: int) -> dict[str, Tally]:
+    """`cases` texts through every function; half of the references are hostile too."""
+    rng, calls = random.Random(seed), functions()
+    tallies = {name: Tally() for name in calls}
+    start = time.perf_counter()
+    for case in range(cases):
+        text = hostile(rng)
+        reference = (
+            rng.choice(("72", "1,000", "3/4", "x^2")) if rng.random() < 0.5 else "".join(rng.choices(PIECES, k=3))
+        )
+        for name, function in calls.items():
+            tallies[name].call(function, text, reference)
+        if (case + 1) % 100_000 == 0:
+            print(f"{case + 1:,} texts of the grammar, {time.perf_counter() - start:.0f} s", flush=True)
+    return tallies
+
+
+# ---------------------------------------------------------------------------------------------- guided by coverage
+
+
+def child(cases: int, seed: int, folder: Path) -> None:
+    """In a process of its own, which libFuzzer ends: `cases` texts of atheris, then the tallies into a file."""
+    import atheris
+
+    with atheris.instrument_imports(include=["reward"]):
+        calls = functions()
+    tallies = {name: Tally() for name in calls}
+    seen = 0
+
+    def one(data: bytes) -> None:
+        nonlocal seen
+        text, _, reference = data.partition(b"\xff")
+        text, reference = (part.decode("utf-8", "surrogateescape") for part in (text, reference or b"72"))
+        for name, function in calls.items():
+            for wrapped in (text, f"<answer>{text}</answer>"):
+                tallies[name].call(function, wrapped, reference)
+        seen += 1
+        if seen == cases:
+            (folder / "tallies.json").write_text(json.dumps({name: asdict(t) for name, t in tallies.items()}))
+
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for number, piece in enumerate(PIECES):
+        (corpus / str(number)).write_bytes(piece.encode("utf-8", "surrogatepass"))
+    atheris.Setup(
+        [sys.argv[0], f"-runs={cases}", f"-seed={seed}", "-max_len=2000", f"-artifact_prefix={folder}/", str(corpus)],
+        one,
+    )
+    atheris.Fuzz()
+
+
+def from_atheris(cases: int, seed: int) -> dict[str, Tally]:
+    """The tallies of a child process; UserError with its last words if it leaves none."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, __file__, "--cases", str(cases), "--seed", str(seed), "--child", folder]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        found = Path(folder) / "tallies.json"
+        if not found.is_file():
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            raise UserError(f"atheris left no result: {last[0]}.")
+        return {name: Tally(**t) for name, t in json.loads(found.read_text()).items()}
+
+
+# ------------------------------------------------------------------------------------------------------ is it linear
+
+
+def worst_at(function: Callable[[str, str], Any], size: int) -> float:
+    """µs per kB of the worst text of `size` characters: the median of three calls each."""
+    worst = 0.0
+    for unit in WORST:
+        text, took = (unit * (size // len(unit) + 1))[:size] + "!", []
+        for _ in range(3):
+            start = time.thread_time()
+            function(text, "72")
+            took.append(time.thread_time() - start)
+        worst = max(worst, statistics.median(took) * 1e6 / (size / 1000))
+    return worst
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def tally_table(ways: dict[str, dict[str, Tally]]) -> list[str]:
+    """Markdown: each function over all ways of making texts."""
+    lines = [f"| function | calls | exceptions | longest call under {LONG // 1000} kB, µs | worst µs per kB from "
+             f"{LONG // 1000} kB on | at, kB |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for name in next(iter(ways.values())):
+        every = [tallies[name] for tallies in ways.values()]
+        longest, worst = max(t.longest for t in every), max(every, key=lambda t: t.per_kb)
+        lines.append(
+            f"| {name} | {sum(t.calls for t in every):,} | {sum(t.exceptions for t in every)} | {longest:.0f} | "
+            f"{worst.per_kb:.1f} | {worst.size / 1000:.0f} |"
+        )
+    return lines
+
+
+def report(
+    ways: dict[str, dict[str, Tally]], cases: dict[str, int], notes: list[str], argv: list[str], out: Path
+) -> bool:
+    """Print and write results/fuzz.md; whether there was no exception and nothing grows."""
+    linear = {name: [worst_at(function, 1000 * size) for size in SIZES] for name, function in functions().items()}
+    every = [t for tallies in ways.values() for t in tallies.values()]
+    growing = [name for name, row in linear.items() if row[-1] > max(GROWTH * row[0], 50)]
+    wrong = sum(t.exceptions for t in every)
+    verdict = f"It grows for {', '.join(growing)}." if growing else "It does not grow with the length."
+    lines = [
+        f"`{command_line(argv)}` on {machine(torch.device('cpu'))}, one thread; {versions()}.",
+        "",
+        f"{sum(cases.values()):,} hostile texts ({', '.join(f'{n:,} {way}' for way, n in cases.items())}): "
+        f"**{wrong} exceptions** or results of the wrong kind. Times are the thread's own; a longest call may hold a "
+        "pause of Python's garbage collector or of the machine.",
+        *notes,
+        "",
+        *tally_table(ways),
+        "",
+        f"µs per kB of the worst of {len(WORST)} texts that look worst (one piece, repeated), medians of three. "
+        f"{verdict} (A quadratic function would take {SIZES[-1] // SIZES[0]} times more in the last column than in the "
+        "first.)",
+        "",
+        "| function | " + " | ".join(f"{size} kB" for size in SIZES) + " |",
+        "|---|" + "---|" * len(SIZES),
+        *(f"| {name} | " + " | ".join(f"{v:.2f}" for v in row) + " |" for name, row in linear.items()),
+    ]
+    print("\n".join(lines))
+    print("\n".join(t.first for t in every if t.first))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "fuzz.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return not wrong and not growing
+
+
+def whole(text: str) -> int:
+    """A whole number of 0 or more."""
+    return 0 if text == "0" else positive(text)
+
+
+def read_flags(argv: list[str]) -> argparse.Namespace:
+    """The command line of this benchmark."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=positive, default=1_000_000, help="texts in all")
+    parser.add_argument("--atheris", type=whole, default=100_000, help="how many of them atheris makes; 0: none")
+    parser.add_argument("--seed", type=whole, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not args.child and args.atheris >= args.cases:
+        raise UserError(f"--atheris {args.atheris} leaves no text of --cases {args.cases} to the grammar.")
+    return args
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Both ways, one after the other, then the table; exit code 1 if something was found."""
+    args = read_flags(argv)
+    if args.child:
+        child(args.cases, args.seed, args.child)
+        return
+    guided, notes = args.atheris, []
+    if guided and importlib.util.find_spec("atheris") is None:
+        guided = 0
+        notes = ["", "atheris is not installed (pip install atheris), so nothing was guided by coverage."]
+    cases = {"from a grammar": args.cases - guided}
+    ways = {"from a grammar": from_grammar(args.cases - guided, args.seed)}
+    if guided:
+        cases["guided by coverage"] = guided
+        ways["guided by coverage"] = from_atheris(guided, args.seed)
+    if not report(ways, cases, notes, argv, args.out):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
