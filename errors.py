@@ -3,7 +3,8 @@
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 MOST_SHOWN = 24  # names in one sentence
 
@@ -23,6 +24,15 @@ def choose(name: str, options: Iterable[str], what: str) -> str:
     raise UserError(" ".join(filter(None, [f"There is no {what} {name!r};", guess, every])))
 
 
+@contextmanager
+def staying(what: str) -> Iterator[None]:
+    """Around somebody else's code: where it would end the program with sys.exit, a UserError that names it."""
+    try:
+        yield
+    except SystemExit as error:
+        raise UserError(f"{what} ends the program with sys.exit({error.code!r}); take that call out of it.") from error
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a command's `main`: a UserError becomes its sentence and exit code 2, Ctrl-C a word and 130."""
 
@@ -31,7 +41,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

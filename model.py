@@ -4,16 +4,16 @@ Any causal language model of transformers, by hub name or folder; code from the 
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from config import Config, located
+from config import PRESETS, Config, located
 from errors import UserError
 from log_probs import sequences_log_probs
 from replay_buffer import Experience, pad_batch
@@ -22,6 +22,8 @@ from replay_buffer import Experience, pad_batch
 def build_accelerator(config: Config) -> Accelerator:
     """Device and precision of the run; UserError if the preset wants a GPU that is not there."""
     has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda and PRESETS[config.preset].get("device"):
+        raise UserError("--device cuda needs a CUDA GPU and there is none here; leave --device out, or choose cpu.")
     if config.device == "cuda" and not has_cuda:
         raise UserError(
             f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny runs on any machine "
@@ -35,7 +37,7 @@ def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(located(name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises many kinds for a damaged file
         raise UserError(loading_failed("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so a completion could never end.")
@@ -43,20 +45,35 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, precision: str, gradient_checkpointing: bool = False) -> nn.Module:
-    """A causal language model, in fp32 (or bf16 for bf16-pure), without dropout, in eval mode, on the CPU."""
+    """A causal language model, in fp32 (or bf16 for bf16-pure), without dropout, in eval mode, on the CPU.
+
+    Only from safetensors: to read a pickle is to run what is in it.
+    """
     transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
     try:
         architecture = AutoConfig.from_pretrained(located(name))
         if architecture.is_encoder_decoder:
-            raise UserError(f"{name} is an encoder-decoder; GRPO here trains causal language models only.")
+            raise UserError(f"{name} is an encoder-decoder; choose a causal language model.")
+        if any(head.endswith("ForMaskedLM") for head in architecture.architectures or ()):
+            raise UserError(f"{name} is an encoder ({architecture.architectures[0]}); choose a causal language model.")
         # Dropout would make the log-probabilities of sampling and of training differ at random.
         for key, value in vars(architecture).items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(architecture, key, 0.0)
         dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(located(name), config=architecture, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        transformers.utils.logging.set_verbosity_error()  # its report of keys: `check_weights` says it in a sentence
+        model, found = AutoModelForCausalLM.from_pretrained(
+            located(name), config=architecture, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        check_weights(name, found)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a damaged file
         raise UserError(loading_failed("model", name, error)) from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -93,10 +110,44 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         own.copy_(theirs)
 
 
+def check_weights(name: str, found: dict[str, Any]) -> None:
+    """UserError for weights that the file lacks, or has in another shape: transformers would draw them at random."""
+    if found["mismatched_keys"]:
+        key, there, asked = min(found["mismatched_keys"])
+        raise UserError(
+            f"The weights of {name} do not match its config.json: {key} is {tuple(there)} in the file and "
+            f"{tuple(asked)} by the config; take both from the same model."
+        )
+    if found["missing_keys"]:
+        raise UserError(
+            f"{name} lacks {len(found['missing_keys'])} of the weights of a causal language model "
+            f"({min(found['missing_keys'])}, …); choose a model with its language head, or save it again, whole."
+        )
+    if found["unexpected_keys"]:
+        print(f"{len(found['unexpected_keys'])} weights of {name} are not used: {min(found['unexpected_keys'])}, …")
+
+
 def loading_failed(what: str, name: str, error: Exception) -> str:
     """The sentence for a model or tokenizer that cannot be loaded."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"Cannot load the {what} {name!r}: --model takes a hub name or a Hugging Face folder ({reason})"
+    folder = Path(located(name))
+    if what == "model" and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        return (
+            f"{name} has pickled weights only (pytorch_model.bin), and a pickle may run any code. If you trust it, "
+            'convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{name}').save_pretrained('{name}')\"."
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if "Unrecognized configuration class" in reason:
+        reason = "its config.json is not that of a causal language model"
+    if reason.startswith("Couldn't instantiate the backend tokenizer"):
+        reason = "there is no tokenizer in it"
+    if isinstance(error, KeyError):
+        reason = f"KeyError: {reason}"
+    return (
+        f"Cannot load the {what} {name!r} ({reason.rstrip('.')}); --model takes a hub name, or a Hugging Face folder "
+        "with config.json, safetensors weights and a tokenizer."
+    )
 
 
 def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -114,13 +165,15 @@ def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
 def check_model(model: nn.Module, tokenizer: Any, config: Config) -> None:
     """Raise UserError for a model that cannot do what the run asks of it, before anything is sampled.
 
-    Tokens without an embedding; fewer positions than prompt and completion may need; and architectures (RWKV, for one)
-    that read padding as text: their log-probabilities would silently be those of another prompt.
+    Tokens without an embedding; fewer positions than prompt and completion may need; weights that are not numbers;
+    encoders (BERT), which see the tokens that come after; and architectures (RWKV, for one) that read padding as text:
+    their log-probabilities would silently be those of another prompt.
     """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
-            f"The tokenizer of {config.model} has {len(tokenizer)} tokens, the model only {rows}: no match."
+            f"The tokenizer of {config.model} has {len(tokenizer)} tokens, the model only {rows}: no match. "
+            "Give the model its own tokenizer."
         )
     positions = vars(model.config).get("max_position_embeddings") or vars(model.config).get("n_positions")
     if positions and positions < config.max_prompt_tokens + config.max_new_tokens:
@@ -128,11 +181,20 @@ def check_model(model: nn.Module, tokenizer: Any, config: Config) -> None:
             f"{config.model} reads {positions} tokens at the most; --max_prompt_tokens {config.max_prompt_tokens} and "
             f"--max_new_tokens {config.max_new_tokens} together must not be more."
         )
-    short = Experience.of([1, 2, 3], [4, 5], 0.0, 0.0)
+    short, other = Experience.of([1, 2, 3], [4, 5], 0.0, 0.0), Experience.of([1, 2, 3], [4, 6], 0.0, 0.0)
     with torch.no_grad():
-        alone, padded = (
+        alone, changed, padded = (
             sequences_log_probs(model, batch.sequences[:1], batch.attention_mask[:1], 2)[0]
-            for batch in (pad_batch([short]), pad_batch([short, Experience.of([6] * 9, [4, 5], 0.0, 0.0)]))
+            for batch in (
+                pad_batch([short]), pad_batch([other]), pad_batch([short, Experience.of([6] * 9, [4, 5], 0.0, 0.0)])
+            )
+        )  # fmt: skip
+    if not alone.isfinite().all():
+        raise UserError(f"{config.model} computes NaN: its weights are damaged; download or save it again.")
+    # What comes after a token must not change it, but for the rounding of bf16.
+    if (alone - changed)[:, 0].abs().max() > (1e-3 if alone.dtype == model.dtype else 0.5):
+        raise UserError(
+            f"{config.model} looks at the tokens that come after, as an encoder does; choose a causal language model."
         )
     if (alone - padded).abs().max() > 0.5:
         raise UserError(f"{config.model} does not leave padding out of its computation; choose an attention model.")

@@ -26,7 +26,7 @@ from data import Question, QuestionStream, load_questions, with_prompts
 from errors import UserError, command
 from log_probs import Policy
 from loss import token_weights
-from model import build_accelerator, build_optimizer, load_model, load_tokenizer
+from model import build_accelerator, build_optimizer, check_model, load_model, load_tokenizer
 from monitor import progress
 from replay_buffer import Experience, batches, pad_batch
 
@@ -90,8 +90,13 @@ def main(argv: list[str]) -> None:
     questions = load_questions(located(config.dataset), "train", config.dataset_config)
     tokenizer = load_tokenizer(config.model)
     set_seed(config.seed)
-    policy = Policy(load_model(config.model, config.precision, config.gradient_checkpointing), temperature=1.0)
+    model = load_model(config.model, config.precision, config.gradient_checkpointing)
+    check_model(model, tokenizer, config)
+    policy = Policy(model, temperature=1.0)
     questions, dropped = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    for question in questions:
+        if not isinstance(target(question), str) or not target(question).strip():
+            raise UserError(f"The completion of {question.question[:60]!r} is empty or is not text; write it out.")
     print(f"{len(questions)} examples; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens")
     folder = new_run_dir(config)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(policy, config))

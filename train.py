@@ -26,7 +26,7 @@ import checkpoint
 import reward
 from config import Config, located, parse_config
 from data import Question, QuestionStream, load_questions, with_prompts
-from errors import UserError, command
+from errors import UserError, command, staying
 from evaluate import evaluate, held_out_questions
 from log_probs import Policy, share_prompts
 from loss import GRPOLoss, Objective, approx_kl_divergence, build_objective, group_advantages, has_spread, token_weights
@@ -427,7 +427,8 @@ def build(config: Config, resume: str | None) -> Trainer:
     loss = GRPOLoss(build_objective(config.objective, **columns))
     print(config.arithmetic)
     print(describe_objective(config, loss.objective))
-    rewards = reward.load_rewards(config.reward)
+    with staying("The file of --reward"):
+        rewards = reward.load_rewards(config.reward)
     accelerator = build_accelerator(config)
     found = checkpoint.checkpoints(Path(resume)) if resume else []
     saved = found[-1] if found else None
