@@ -492,6 +492,11 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {name: content for name, content in found.items() if not name.endswith(".lock")}
 
 
+def visible() -> set[str]:
+    """What lies in the working folder, where a run without a --run_dir would go."""
+    return {name for name in os.listdir() if not name.startswith(".")}
+
+
 def command_line(row: Bad, folder: Path) -> tuple[list[str], str, str]:
     """The arguments of a row, its words and its command; makes its input."""
     flags, words, make, command = (*row, *(None, "train")[len(row) - 2 :])
@@ -515,7 +520,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capfd, row):
     folder = tmp_path / "d"
     folder.mkdir()
     argv, words, command = command_line(row, folder)
-    before, here = contents(folder), set(os.listdir())
+    before, here = contents(folder), visible()
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
         COMMANDS[command](argv)
@@ -523,7 +528,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capfd, row):
     assert caught.value.code == 2, error
     assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
     assert "Traceback" not in out + error
-    assert contents(folder) == before and set(os.listdir()) == here
+    assert contents(folder) == before and visible() == here
 
 
 def test_a_run_that_another_process_has(tmp_path, capsys):
