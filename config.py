@@ -397,19 +397,8 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
         choose(unknown[0].split("=")[0], flags, "flag")
     if given.get("config") == "":
         raise UserError("--config is empty; give it the config.yaml of a run, or leave it out.")
-    resume = given.get("resume")
-    if resume is not None:
-        resume = resume or given.get("run_dir") or ""
-        if not resume:
-            raise UserError("Say which run to continue: --resume runs/NAME.")
-        if given.get("config"):
-            raise UserError("--resume takes the config of the run that it continues; leave out --config.")
-        if Path(resume, "trainer_state.pt").is_file():
-            raise UserError(f"{resume} is a checkpoint; --resume takes the folder of its run: {Path(resume).parent}.")
-        if not Path(resume, "config.yaml").is_file():
-            raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
-        if Path(given.get("run_dir", resume)).resolve() != Path(resume).resolve():
-            raise UserError(f"--resume goes on in the folder {resume}; leave out --run_dir {given['run_dir']}.")
+    resume = run_to_resume(given)
+    if resume:
         given["run_dir"] = resume
     file = Path(resume, "config.yaml") if resume else Path(given["config"]) if given.get("config") else None
     settings = read_config_file(file) if file else {}
@@ -428,6 +417,25 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
     for name in flags if resume else ():
         report_change(name, settings.get(name, flags[name]), flags[name])
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
+
+
+def run_to_resume(given: dict[str, Any]) -> str | None:
+    """The run folder that --resume names, looked at; None without that flag."""
+    resume = given.get("resume")
+    if resume is None:
+        return None
+    resume = resume or given.get("run_dir") or ""
+    if not resume:
+        raise UserError("Say which run to continue: --resume runs/NAME.")
+    if given.get("config"):
+        raise UserError("--resume takes the config of the run that it continues; leave out --config.")
+    if Path(resume, "trainer_state.pt").is_file():
+        raise UserError(f"{resume} is a checkpoint; --resume takes the folder of its run: {Path(resume).parent}.")
+    if not Path(resume, "config.yaml").is_file():
+        raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
+    if Path(given.get("run_dir", resume)).resolve() != Path(resume).resolve():
+        raise UserError(f"--resume goes on in the folder {resume}; leave out --run_dir {given['run_dir']}.")
+    return resume
 
 
 def report_change(name: str, before: Any, after: Any) -> None:
