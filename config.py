@@ -143,10 +143,42 @@ class Config:
     log_completions: int = knob(4, "sample completions written to TensorBoard each step")
 
     def __post_init__(self) -> None:
+        for name in ("run_dir", "model", "dataset", "eval_dataset", "dataset_config", "system_prompt"):
+            check_text(getattr(self, name), f"--{name}", path=name not in ("dataset_config", "system_prompt"))
+        for name in ("model", "dataset"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is empty; give it a folder or a hub name.")
+        if not self.reward:
+            raise UserError("--reward is empty; give it one name at least, as in --reward accuracy.")
+        for name in self.reward:
+            check_text(name, "--reward", path=True)
         choose(self.preset, PRESETS, "preset")
         choose(self.device, ("auto", "cuda", "cpu"), "device")
         choose(self.precision, ("bf16", "bf16-pure", "fp32"), "precision")
         choose(self.optimizer, ("adamw", "adamw_8bit"), "optimizer")
+        self.check_numbers()
+        if len(self.reward) != len(self.reward_weights):
+            raise UserError(
+                f"--reward has {len(self.reward)} names and --reward_weights {len(self.reward_weights)} numbers; "
+                "give --reward_weights one number for each of --reward."
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise UserError(f"--reward_weights are {self.reward_weights}; each must be a finite number.")
+        if not 0 < max(map(abs, self.reward_weights)) <= LARGEST:
+            raise UserError(f"--reward_weights are {self.reward_weights}; one must not be 0, none above {LARGEST}.")
+        if self.train_batch_size > self.sequences_per_step:
+            raise UserError(
+                f"--train_batch_size {self.train_batch_size} is larger than the {self.sequences_per_step} sequences "
+                "of a rollout (rollouts_per_step × group_size); make it smaller or sample more."
+            )
+        if self.sequences_per_step > MOST_SEQUENCES:
+            raise UserError(
+                f"--rollouts_per_step {self.rollouts_per_step} × --group_size {self.group_size} is more than "
+                f"{MOST_SEQUENCES} sequences in one rollout; make one of them smaller."
+            )
+
+    def check_numbers(self) -> None:
+        """UserError for a number that is out of its range."""
         for name in AT_LEAST:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= AT_LEAST[name]):
@@ -158,18 +190,10 @@ class Config:
         for name in ("top_p", "top_entropy"):
             if (getattr(self, name) or 0) > 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it is a share, so choose a number in (0, 1].")
-        if len(self.reward) != len(self.reward_weights):
-            raise UserError(
-                f"--reward has {len(self.reward)} names and --reward_weights {len(self.reward_weights)} numbers; "
-                "give --reward_weights one number for each of --reward."
-            )
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise UserError(f"--reward_weights are {self.reward_weights}; each must be a finite number.")
-        if self.train_batch_size > self.sequences_per_step:
-            raise UserError(
-                f"--train_batch_size {self.train_batch_size} is larger than the {self.sequences_per_step} sequences "
-                "of a rollout (rollouts_per_step × group_size); make it smaller or sample more."
-            )
+        for name in (*AT_LEAST, *ABOVE_ZERO):
+            most, value = AT_MOST.get(name, LARGEST), getattr(self, name)
+            if value is not None and value > most:
+                raise UserError(f"--{name} is {value}; it must be {most} or less.")
 
     @property
     def sequences_per_step(self) -> int:
@@ -226,15 +250,29 @@ AT_LEAST = {
     "warmup_steps": 0, "weight_decay": 0, "eval_interval": 0, "eval_questions": 0, "eval_samples": 0,
     "checkpoint_interval": 0, "keep_checkpoints": 1, "log_completions": 0, "relative_reward_weight": 0,
     "baseline_reward_weight": 0, "entropy_weight": 0, "entropy_target": 0, "dynamic_sampling": 1, "sampler_cap": 1,
-    "clip_eps_high": 0, "reward_timeout": 0, "max_skipped_steps": 0,
+    "clip_eps_high": 0, "temperature": 0.01, "reward_timeout": 0, "max_skipped_steps": 0,
 }  # fmt: skip
-ABOVE_ZERO = (
-    "temperature", "top_p", "clip_eps", "clip_ratio_c", "loss_scale_factor", "top_entropy", "lr",
-    "max_norm",
-)  # fmt: skip
-
+ABOVE_ZERO = ("top_p", "clip_eps", "clip_ratio_c", "loss_scale_factor", "top_entropy", "lr", "max_norm")
+# A number above these is a slip of the keyboard: it would end in an overflow, in NaN or in all of the memory.
+LARGEST, MOST_SEQUENCES = 10**9, 10**6
+DASHES = ("-", "–", "—")  # the last two are what an editor makes of the first
+AT_MOST = {"seed": 2**32 - 1, "temperature": 100, "lr": 1}
 
 COLUMNS = {f.name for f in dataclasses.fields(Objective)}
+
+
+def check_text(text: str, where: str, path: bool = False) -> None:
+    """UserError for text that cannot be written down and, of a `path`, for one that no file system would take."""
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where} is {text[:80]!r}, with a character that is not text; type it again, in UTF-8.")
+    if path and text and not text.strip():
+        raise UserError(f"{where} is {text!r}: a name of spaces only; write a name, or leave it out.")
+    if path and (len(text.encode()) > 4000 or max(len(part.encode()) for part in text.split("/")) > 255):
+        raise UserError(f"{where} is {text[:80]!r}… and longer than a file name can be; write a shorter one.")
+    try:
+        Path(text if path else "").expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{where} is {text!r}, but there is no such user; write the folder out.") from error
 
 
 def located(name: str) -> str:
@@ -294,15 +332,21 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the config {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"Cannot read the config {path}: {error}; it must be a text file in UTF-8.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5000 digits; brackets too deep
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        reason = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split()).split(";")[0]
+        raise UserError(f"{path} is not valid YAML ({reason}); write `name: value` lines.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a config: it must be a list of `name: value` lines.")
     types = typing.get_type_hints(Config)
-    return {
-        choose(str(k), types, f"knob (in {path})"): typed(v, types[str(k)], f"{k} in {path}") for k, v in values.items()
-    }
+    for name in map(str, values):
+        if name not in types:
+            try:
+                choose(name, types, f"knob (in {path})")
+            except UserError as error:
+                raise UserError(f"{error} Mend the line, or remove it if another version wrote it.") from error
+    return {str(k): typed(v, types[str(k)], f"{k} in {path}") for k, v in values.items()}
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
@@ -319,7 +363,7 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     raise UserError(f"{where} is {value!r}; it must be of type {kinds[0].__name__}.")
 
@@ -348,22 +392,17 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
     for name, text in extra.items():
         parser.add_argument(f"--{name}", help=text)
     given, unknown = flags_given(parser, argv)
+    for name in ("config", "resume", *extra):
+        check_text(given.get(name) or "", f"--{name}", path=name != "question")
     if unknown:
-        if not unknown[0].startswith("--"):
+        if not unknown[0].startswith(DASHES):
             raise UserError(f"I do not know what to do with {unknown[0]!r}; every setting is a flag, as in --steps 10.")
         flags = [option for action in parser._actions for option in action.option_strings]
         choose(unknown[0].split("=")[0], flags, "flag")
-    resume = given.get("resume")
-    if resume is not None:
-        resume = resume or given.get("run_dir") or ""
-        if not resume:
-            raise UserError("Say which run to continue: --resume runs/NAME.")
-        if given.get("config"):
-            raise UserError("--resume takes the config of the run that it continues; leave out --config.")
-        if Path(resume, "trainer_state.pt").is_file():
-            raise UserError(f"{resume} is a checkpoint; --resume takes the folder of its run: {Path(resume).parent}.")
-        if not Path(resume, "config.yaml").is_file():
-            raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
+    if given.get("config") == "":
+        raise UserError("--config is empty; give it the config.yaml of a run, or leave it out.")
+    resume = run_to_resume(given)
+    if resume:
         given["run_dir"] = resume
     file = Path(resume, "config.yaml") if resume else Path(given["config"]) if given.get("config") else None
     settings = read_config_file(file) if file else {}
@@ -387,6 +426,25 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
             )
         report_change(name, settings.get(name, flags[name]), flags[name])
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
+
+
+def run_to_resume(given: dict[str, Any]) -> str | None:
+    """The run folder that --resume names, looked at; None without that flag."""
+    resume = given.get("resume")
+    if resume is None:
+        return None
+    resume = resume or given.get("run_dir") or ""
+    if not resume:
+        raise UserError("Say which run to continue: --resume runs/NAME.")
+    if given.get("config"):
+        raise UserError("--resume takes the config of the run that it continues; leave out --config.")
+    if Path(resume, "trainer_state.pt").is_file():
+        raise UserError(f"{resume} is a checkpoint; --resume takes the folder of its run: {Path(resume).parent}.")
+    if not Path(resume, "config.yaml").is_file():
+        raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
+    if Path(given.get("run_dir", resume)).resolve() != Path(resume).resolve():
+        raise UserError(f"--resume goes on in the folder {resume}; leave out --run_dir {given['run_dir']}.")
+    return resume
 
 
 def report_change(name: str, before: Any, after: Any) -> None:

@@ -5,12 +5,13 @@ column `answer_only` (the Chinese GSM8K). Other columns are kept and handed to t
 """
 
 import json
+import math
 from dataclasses import dataclass, field, replace
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from errors import UserError
 
@@ -56,7 +57,8 @@ def find_split(folder: Path, split: str) -> Path:
     """The one file of `folder` that holds `split`."""
     files = [f for f in sorted(folder.iterdir()) if f.suffix in FORMATS and f.name.split(".")[0].split("-")[0] == split]
     if len(files) != 1:
-        names = ", ".join(f.name for f in files) or "none"
+        near = files or [f for f in sorted(folder.iterdir()) if f.name.startswith(split)]  # train.csv, perhaps
+        names = ", ".join(f.name for f in near) or "none"
         raise UserError(f"{folder} must hold one {split}.jsonl or {split}.parquet; it holds {names}.")
     return files[0]
 
@@ -71,19 +73,23 @@ def read_file(path: Path) -> list[tuple[dict, str]]:
 
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as Parquet: {error}.") from error
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = str(error).rstrip(".\n")
+            raise UserError(f"{path} cannot be read as Parquet: {reason}; write or download it again.") from error
         return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
     rows = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # Windows programs put a mark at the beginning
             for i, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append((json.loads(line), f"{path}, line {i}"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {i}: not valid JSON ({error.msg}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it again, as UTF-8.") from error
+    except (ValueError, RecursionError) as error:  # not JSON; a number of 5000 digits; brackets too deep
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
+        raise UserError(f"{path}, line {i}: not valid JSON ({reason}); each line must be one whole object.") from error
     return rows
 
 
@@ -106,13 +112,20 @@ def parse_row(row: Any, where: str) -> Question:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object with the columns question and answer.")
     question, answer, answer_only = row.get("question"), row.get("answer"), row.get("answer_only")
+    has = f"the row has: {', '.join(map(str, row)) or 'none'}"
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: the column question is missing or empty.")
+        raise UserError(f"{where}: the column question is missing or empty, or is not text ({has}).")
+    for name, text in row.items():
+        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"{where}: the column {name} holds half a character (a lone surrogate); mend or remove it.")
     solution, marker, reference = (answer if isinstance(answer, str) else "").rpartition("####")
     if answer_only is not None:
+        number = isinstance(answer_only, Number) and not isinstance(answer_only, bool) and math.isfinite(answer_only)
+        if not number and not isinstance(answer_only, str):
+            raise UserError(f"{where}: answer_only is {answer_only!r}; it must be a text or a number.")
         solution, reference = solution if marker else reference, str(answer_only)
     elif not isinstance(answer, str):
-        raise UserError(f"{where}: the column answer is missing or is not text.")
+        raise UserError(f"{where}: the column answer is missing or is not text ({has}).")
     elif not marker:
         raise UserError(f"{where}: answer has no '#### ' line with the final answer (and there is no answer_only).")
     if not reference.strip():
@@ -141,15 +154,21 @@ def with_prompts(
     Raises:
         UserError: if none fits.
     """
-    fitting = []
+    fitting, lengths = [], []
     for question in questions:
         prompt = build_prompt(question.question, tokenizer, system_prompt)
         # A chat template writes its own special tokens; a model without one gets those of its tokenizer.
         ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        lengths.append(len(ids))
         if 0 < len(ids) <= max_prompt_tokens:
             fitting.append(replace(question, prompt=prompt, prompt_ids=ids))
+    if not any(lengths):
+        raise UserError("Every prompt is empty: the model's chat template or tokenizer makes no tokens of a question.")
     if not fitting:
-        raise UserError(f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens}; raise it.")
+        raise UserError(
+            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: {min(lengths)} "
+            "tokens); raise it."
+        )
     return fitting, len(questions) - len(fitting)
 
 
@@ -165,9 +184,15 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
     messages = [{"role": "system", "content": system_prompt}, user] if system_prompt else [user]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+    except Exception:  # a template raises what it likes
         user = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
+    try:
         return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise UserError(
+            f"The chat template of the model cannot be used ({error}); mend its chat_template.jinja, or remove it to "
+            "go without one."
+        ) from error
 
 
 class QuestionStream:

@@ -31,7 +31,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

@@ -24,6 +24,7 @@ from data import Question, load_questions, with_prompts
 from errors import UserError, command
 from model import build_accelerator, load_model, load_tokenizer
 from monitor import meaning, progress
+from preflight import check_model
 from reward import is_correct, is_correct_flexible
 from rollout import Sampling, rollout
 
@@ -109,6 +110,8 @@ def run_config(argv: list[str], description: str | None, **extra: str) -> tuple[
     extra value `base` is the model that the run started from, or None.
     """
     config, others = parse_config(argv, description, **extra)
+    if others["resume"]:
+        raise UserError(f"--resume is train.py's; to look at a run say --model {others['resume']}.")
     folder = find_model(config.model)
     saved = Path(folder, "config.yaml")
     others["base"] = others.get("base")
@@ -125,7 +128,9 @@ def main(argv: list[str]) -> None:
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model)
     questions = held_out_questions(config, tokenizer)
-    model = load_model(config.model, config.sampling_precision).to(accelerator.device)
+    model = load_model(config.model, config.sampling_precision)
+    check_model(model, tokenizer, config)
+    model.to(accelerator.device)
     set_seed(config.seed)
     metrics = evaluate(model, tokenizer, questions, config, lambda items: progress(items, "evaluate", leave=False))
     print(f"{config.model} on {len(questions)} held-out questions")

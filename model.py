@@ -4,31 +4,24 @@ Any causal language model of transformers, by hub name or folder; code from the 
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from config import Config, located
+from config import PRESETS, Config, located
 from errors import UserError
-from log_probs import completion_logits, sequences_log_probs
-from replay_buffer import Experience, pad_batch
-
-# What the code of a model may raise for a config or an input that it does not take.
-REFUSALS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
-    StrictDataclassError,
-)  # fmt: skip
 
 
 def build_accelerator(config: Config) -> Accelerator:
     """Device and precision of the run; UserError if the preset wants a GPU that is not there."""
     has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda and PRESETS[config.preset].get("device"):
+        raise UserError("--device cuda needs a CUDA GPU and there is none here; leave --device out, or choose cpu.")
     if config.device == "cuda" and not has_cuda:
         raise UserError(
             f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny runs on any machine "
@@ -42,7 +35,7 @@ def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(located(name))
-    except (*REFUSALS, ImportError, OSError) as error:  # it reads the model's config too
+    except Exception as error:  # transformers raises many kinds for a damaged file
         raise UserError(loading_failed("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so a completion could never end.")
@@ -50,20 +43,35 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, precision: str, gradient_checkpointing: bool = False) -> nn.Module:
-    """A causal language model, in fp32 (or bf16 for bf16-pure), without dropout, in eval mode, on the CPU."""
+    """A causal language model, in fp32 (or bf16 for bf16-pure), without dropout, in eval mode, on the CPU.
+
+    Only from safetensors: to read a pickle is to run what is in it.
+    """
     transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
     try:
         architecture = AutoConfig.from_pretrained(located(name))
         if architecture.is_encoder_decoder:
-            raise UserError(f"{name} is an encoder-decoder; GRPO here trains causal language models only.")
+            raise UserError(f"{name} is an encoder-decoder; choose a causal language model.")
+        if any(head.endswith("ForMaskedLM") for head in architecture.architectures or ()):
+            raise UserError(f"{name} is an encoder ({architecture.architectures[0]}); choose a causal language model.")
         # Dropout would make the log-probabilities of sampling and of training differ at random.
         for key, value in vars(architecture).items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(architecture, key, 0.0)
         dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(located(name), config=architecture, dtype=dtype)
-    except (*REFUSALS, ImportError, OSError, SafetensorError) as error:  # a model class may raise anything
+        transformers.utils.logging.set_verbosity_error()  # its report of keys: `check_weights` says it in a sentence
+        model, found = AutoModelForCausalLM.from_pretrained(
+            located(name), config=architecture, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        check_weights(name, found)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a damaged file
         raise UserError(loading_failed("model", name, error)) from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
     # Out of the file's memory map, where a tensor may begin at any byte: matrix products round by alignment, so a run
     # that had loaded a checkpoint would differ in the last bit from one that has trained the same weights.
     for parameter in model.parameters():
@@ -106,11 +114,44 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         own.copy_(theirs)
 
 
+def check_weights(name: str, found: dict[str, Any]) -> None:
+    """UserError for weights that the file lacks, or has in another shape: transformers would draw them at random."""
+    if found["mismatched_keys"]:
+        key, there, asked = min(found["mismatched_keys"])
+        raise UserError(
+            f"The weights of {name} do not match its config.json: {key} is {tuple(there)} in the file and "
+            f"{tuple(asked)} by the config; take both from the same model."
+        )
+    if found["missing_keys"]:
+        raise UserError(
+            f"{name} lacks {len(found['missing_keys'])} of the weights of a causal language model "
+            f"({min(found['missing_keys'])}, …); choose a model with its language head, or save it again, whole."
+        )
+    if found["unexpected_keys"]:
+        print(f"{len(found['unexpected_keys'])} weights of {name} are not used: {min(found['unexpected_keys'])}, …")
+
+
 def loading_failed(what: str, name: str, error: Exception) -> str:
     """The sentence for a model or tokenizer that cannot be loaded."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = " ".join(map(str.strip, lines[: 2 if lines[0].endswith(":") else 1]))
-    return f"Cannot load the {what} {name!r}: --model takes a hub name or a Hugging Face folder ({reason})"
+    folder = Path(located(name))
+    if what == "model" and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        return (
+            f"{name} has pickled weights only (pytorch_model.bin), and a pickle may run any code. If you trust it, "
+            'convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{name}').save_pretrained('{name}')\"."
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if "Unrecognized configuration class" in reason:
+        reason = "its config.json is not that of a causal language model"
+    if reason.startswith("Couldn't instantiate the backend tokenizer"):
+        reason = "there is no tokenizer in it"
+    if isinstance(error, KeyError):
+        reason = f"KeyError: {reason}"
+    return (
+        f"Cannot load the {what} {name!r} ({reason.rstrip('.')}); --model takes a hub name, or a Hugging Face folder "
+        "with config.json, safetensors weights and a tokenizer."
+    )
 
 
 def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -123,66 +164,3 @@ def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
     except ImportError as error:
         raise UserError("--optimizer adamw_8bit needs the package bitsandbytes: pip install bitsandbytes.") from error
     return bitsandbytes.optim.AdamW8bit(policy.parameters(), **settings)
-
-
-def check_model(model: nn.Module, tokenizer: Any, config: Config) -> None:
-    """Raise UserError for a model that cannot do what the run asks of it, before anything is sampled.
-
-    Tokens without an embedding; fewer positions than prompt and completion may need; and what `trial` finds.
-    """
-    try:
-        rows = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            raise UserError(
-                f"The tokenizer of {config.model} has {len(tokenizer)} tokens, the model only {rows}: no match."
-            )
-        positions = vars(model.config).get("max_position_embeddings") or vars(model.config).get("n_positions")
-        if positions and positions < config.max_prompt_tokens + config.max_new_tokens:
-            raise UserError(
-                f"{config.model} reads {positions} tokens at the most; --max_prompt_tokens {config.max_prompt_tokens} "
-                f"and --max_new_tokens {config.max_new_tokens} together must not be more."
-            )
-        fault = trial(model)
-    except REFUSALS as error:
-        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{config.model} does not work as a language model of text alone ({words}).") from error
-    if fault:
-        raise UserError(f"{config.model} {fault}.")
-
-
-@torch.no_grad()
-def trial(model: nn.Module) -> str:
-    """What keeps the log-probabilities from being those of the text, tried on a few tokens; empty if nothing does.
-
-    Encoders (BERT), which transformers loads as causal language models with attention to both sides; architectures
-    (RWKV, for one) that read padding as text: their log-probabilities would silently be those of another prompt; and
-    those whose state in `generate` is not what a pass over the whole text would have.
-    """
-    # The same completion of the same prompt: alone, beside a longer prompt, and with other tokens after it. Long enough
-    # for attention that puts neighbours together (DeepSeek V4), which padding puts together otherwise.
-    prompt, completion = list(range(1, 14)), [9, 4, 5, 2]
-    rows = (prompt, completion), ([6] * 18, completion), (prompt, [*completion, 6, 7])
-    short, longer, more = (Experience.of(*row, 0.0, 0.0) for row in rows)
-    padded = pad_batch([short, longer])
-    alone, beside, before = (
-        sequences_log_probs(model, batch.sequences[:1], batch.attention_mask[:1], batch.num_actions)[0][:, :4]
-        for batch in (pad_batch([short]), padded, pad_batch([more]))
-    )
-    most = 0.05 if model.dtype == torch.float32 else 0.5  # rounding alone may choose another expert, of a like weight
-    if (alone - before).abs().max() > most:
-        return "is no causal language model: what it says of a token depends on later ones"
-    if (alone - beside).abs().max() > most:
-        return "does not leave padding out of its computation; choose an attention model"
-    prompts, mask = padded.sequences[:, :18], padded.attention_mask[:, :18]
-    settings = GenerationConfig(max_new_tokens=8, output_logits=True, return_dict_in_generate=True, pad_token_id=1)
-    own, model.generation_config = model.generation_config, settings  # or generate fills in beams and such from it
-    try:
-        output = model.generate(input_ids=prompts, attention_mask=mask.long(), generation_config=settings)
-    finally:
-        model.generation_config = own
-    logits = torch.stack(output.logits, 1)
-    mask = nn.functional.pad(mask, (0, logits.shape[1]), value=True)
-    again = completion_logits(model, output.sequences, mask, logits.shape[1])
-    if (logits.float().log_softmax(-1) - again.float().log_softmax(-1)).abs().max() > most:
-        return "generates from other probabilities than a pass over the whole text has; choose an attention model"
-    return ""

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from alarms import ALARMS, LONGEST, QUIET, Alarm, sounding
+from errors import UserError
 
 GLOSSARY = {
     "train/loss": "The loss. With the paper's mean over sequences and one optimizer step per rollout it is near 0 (plus"
@@ -226,13 +227,19 @@ def keep_before(file: Path, step: int) -> list[dict[str, float]]:
     if not file.exists():
         return []
     kept, rows = [], []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or (row := json.loads(line))["step"] >= step:
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             break
+        try:
+            row = json.loads(line)
+            if row["step"] >= step:
+                break
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file}, line {number} is not what was written; mend or remove that line.") from error
         kept.append(line)
         rows.append(row)
     fresh = file.with_suffix(".partial")
-    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.write_bytes(b"".join(kept))
     fresh.replace(file)
     return rows
 

@@ -277,7 +277,26 @@ def load_function(path: Path, name: str) -> RewardFunction:
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{path} cannot be run: {describe(error)}.") from error
     functions = dict(inspect.getmembers(module, callable))
-    return functions[choose(name, functions, f"function in {path}:")]
+    function = functions[choose(name, functions, f"function in {path}:")]
+    check_signature(function, name)
+    return function
+
+
+def check_signature(function: RewardFunction, name: str) -> None:
+    """UserError, before anything is sampled, for a function that cannot be called as a reward is."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind(prompts=[], completions=[], reference=[], completion_ids=[], max_new_tokens=1)
+    except TypeError as error:
+        raise UserError(
+            f"The reward {name} does not take what a reward is given ({error}); write it as "
+            f"def {name}(prompts, completions, **columns)."
+        ) from error
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"The reward {name} is asynchronous; write it with def, not async def.")
 
 
 def describe(error: BaseException) -> str:

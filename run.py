@@ -9,6 +9,7 @@ Answers are greedy.
 
 import shutil
 import textwrap
+from dataclasses import replace
 
 from checkpoint import find_model
 from config import Config
@@ -16,6 +17,7 @@ from data import Question, with_prompts
 from errors import UserError, command
 from evaluate import held_out_questions, run_config
 from model import build_accelerator, load_model, load_tokenizer
+from preflight import check_model
 from reward import find_answer, find_reasoning, is_correct
 from rollout import Completion, Sampling, rollout
 
@@ -27,7 +29,9 @@ def answers(name: str, questions: list[Question], config: Config) -> list[Comple
     prompted, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
     if len(prompted) < len(questions):
         raise UserError(f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it.")
-    model = load_model(name, config.sampling_precision).to(accelerator.device)
+    model = load_model(name, config.sampling_precision)
+    check_model(model, tokenizer, replace(config, model=name))
+    model.to(accelerator.device)
     sampling = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
     return [group[0] for group in rollout(model, tokenizer, prompted, 1, sampling)]
 
@@ -64,6 +68,8 @@ def main(argv: list[str]) -> None:
         base="the model to compare with, instead of the one the run started from",
     )  # fmt: skip
     if others["question"] is not None:
+        if not others["question"].strip():
+            raise UserError("--question is empty; write one, or leave it out for three questions of the test set.")
         questions = [Question(others["question"], "", "")]
     else:
         questions = held_out_questions(config, load_tokenizer(config.model))[:3]

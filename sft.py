@@ -28,6 +28,7 @@ from log_probs import Policy
 from loss import token_weights
 from model import build_accelerator, build_optimizer, load_model, load_tokenizer
 from monitor import progress
+from preflight import check_model
 from replay_buffer import Experience, batches, pad_batch
 
 CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations: 48/2 = <<48/2=24>>24
@@ -90,8 +91,13 @@ def main(argv: list[str]) -> None:
     questions = load_questions(located(config.dataset), "train", config.dataset_config)
     tokenizer = load_tokenizer(config.model)
     set_seed(config.seed)
-    policy = Policy(load_model(config.model, config.precision, config.gradient_checkpointing), temperature=1.0)
+    model = load_model(config.model, config.precision, config.gradient_checkpointing)
+    check_model(model, tokenizer, config)
+    policy = Policy(model, temperature=1.0)
     questions, dropped = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    for question in questions:
+        if not isinstance(target(question), str) or not target(question).strip():
+            raise UserError(f"The completion of {question.question[:60]!r} is empty or is not text; write it out.")
     print(f"{len(questions)} examples; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens")
     folder, _held = new_run_dir(config)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(policy, config))

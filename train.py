@@ -34,14 +34,13 @@ from loss import GRPOLoss, Objective, approx_kl_divergence, build_objective, gro
 from model import (
     build_accelerator,
     build_optimizer,
-    check_model,
     copy_weights,
     decoding_copy,
     load_model,
     load_tokenizer,
 )
 from monitor import Monitor, completion_page, describe_run, progress
-from preflight import check_sampler
+from preflight import check_model, check_sampler
 from replay_buffer import Experience, ReplayBuffer, batches, neighbours, pad_batch
 from rollout import Completion, Sampling, rollout
 
@@ -162,7 +161,9 @@ def mark(t: Trainer, groups: list[Group]) -> list[Group]:
         "max_new_tokens": t.config.max_new_tokens,
     }
     prompts, texts = [q.prompt for q, _ in pairs], [c.text for _, c in pairs]
-    returns, by_name = reward.score(t.rewards, t.config.reward_weights, prompts, texts, columns)
+    returns, by_name = reward.score(
+        t.rewards, t.config.reward_weights, prompts, texts, columns, t.config.reward_timeout
+    )
     for name, values in by_name.items():
         t.monitor.add_spread(f"reward/{name}_mean", f"reward/{name}_std", values)
     for question, completion in pairs:
@@ -475,7 +476,10 @@ def build(config: Config, resume: str | None) -> Trainer:
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     if state:
         loss.load_state_dict(state.loss, strict=False)  # only an adaptive entropy bonus has a state
-        optimizer.load_state_dict(state.optimizer)
+        try:
+            optimizer.load_state_dict(state.optimizer)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{saved} has the state of another optimizer; go on with the one of before.") from error
         for group in optimizer.param_groups:  # a state brings its own; the knob may have been changed
             group["weight_decay"] = config.weight_decay
     stream = QuestionStream(questions, config.seed, state.position if state else 0)
@@ -517,9 +521,9 @@ def main(argv: list[str]) -> None:
     place = f"from step {trainer.start_step} " if trainer.start_step else "from the start " if resume else ""
     print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")
     try:
+        trainer.monitor.open(run_dir, trainer.start_step)
         if resume:  # new_run_dir has written that of a new run
             config.save(run_dir / "config.yaml")
-        trainer.monitor.open(run_dir, trainer.start_step)
         describe_run(trainer.monitor, (run_dir / "config.yaml").read_text(encoding="utf-8"), config.arithmetic)
         train(trainer, run_dir)
     except OSError as error:

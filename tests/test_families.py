@@ -17,7 +17,7 @@ PEOPLE_USE = {  # the way each one must go
     "lfm2": "plain", "mamba": "plain", "openai-gpt": "plain",  # convolutions, a recurrent state, no cache at all
 }  # fmt: skip
 WHY_NOT = {
-    "bert": "is no causal language model", "doge": "is no causal language model", "rwkv": "does not leave padding out",
+    "bert": "looks at the tokens that come after", "doge": "looks at the tokens that come after", "rwkv": "does not leave padding out",
     "deepseek_v4": "does not leave padding out", "git": "generates from other probabilities",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ FLOORS = {
     "errors": 0, "replay_buffer": 0,
     "loss": 1, "data": 1, "reward": 1, "log_probs": 1, "config": 2, "alarms": 2,
     "model": 3, "checkpoint": 3, "monitor": 3,
-    "rollout": 4, "evaluate": 5, "preflight": 5, "train": 6, "run": 7, "sft": 7,
+    "rollout": 4, "preflight": 5, "evaluate": 6, "train": 7, "run": 8, "sft": 8,
 }  # fmt: skip
 ALIASES = {"clip_eps_high": "eps_high"}  # a column that is read through a property
 FILES = sorted(ROOT.glob("*.py"))

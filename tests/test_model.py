@@ -8,7 +8,8 @@ import log_probs as log_probs_module
 from config import Config
 from errors import UserError
 from log_probs import Policy, sequences_log_probs
-from model import build_accelerator, check_model, decoding_copy, load_model, load_tokenizer
+from model import build_accelerator, decoding_copy, load_model, load_tokenizer
+from preflight import check_model
 from replay_buffer import Experience, pad_batch
 
 # 2 is the end token, 0 is what pad_batch pads with: both are real tokens too.
