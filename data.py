@@ -154,19 +154,19 @@ def with_prompts(
     Raises:
         UserError: if none fits.
     """
-    fitting, lengths = [], []
-    for question in questions:
-        prompt = build_prompt(question.question, tokenizer, system_prompt)
-        # A chat template writes its own special tokens; a model without one gets those of its tokenizer.
-        ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        lengths.append(len(ids))
-        if 0 < len(ids) <= max_prompt_tokens:
-            fitting.append(replace(question, prompt=prompt, prompt_ids=ids))
-    if not any(lengths):
+    prompts = [build_prompt(question.question, tokenizer, system_prompt) for question in questions]
+    # A chat template writes its own special tokens; a model without one gets those of its tokenizer.
+    tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    fitting = [
+        replace(question, prompt=prompt, prompt_ids=ids)
+        for question, prompt, ids in zip(questions, prompts, tokens, strict=True)
+        if 0 < len(ids) <= max_prompt_tokens
+    ]
+    if not any(tokens):
         raise UserError("Every prompt is empty: the model's chat template or tokenizer makes no tokens of a question.")
     if not fitting:
         raise UserError(
-            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: {min(lengths)} "
+            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: {min(map(len, tokens))} "
             "tokens); raise it."
         )
     return fitting, len(questions) - len(fitting)

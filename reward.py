@@ -289,7 +289,7 @@ def check_signature(function: RewardFunction, name: str) -> None:
     except ValueError:  # some functions written in C have none
         return
     try:
-        signature.bind(prompts=[], completions=[], reference=[], completion_ids=[], max_new_tokens=1)
+        signature.bind_partial(prompts=[], completions=[], reference=[], completion_ids=[], max_new_tokens=1)
     except TypeError as error:
         raise UserError(
             f"The reward {name} does not take what a reward is given ({error}); write it as "

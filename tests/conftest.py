@@ -41,8 +41,18 @@ def model(tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="session")
+def few_questions(tmp_path_factory):
+    """A folder with 200 of the bundled training questions and 30 of the others: what a short run needs, read quickly."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 200), ("test", 30)):
+        lines = (ROOT / "tiny" / "task" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
-def tiny_run(tmp_path):
+def tiny_run(tmp_path, few_questions):
     """A small, quick run of the bundled task: call it with more flags; returns its folder."""
     import train
 
@@ -51,7 +61,7 @@ def tiny_run(tmp_path):
         small = {
             "preset": "tiny", "device": "cpu", "steps": 4, "rollouts_per_step": 4, "group_size": 4, "train_batch_size": 8,
             "micro_batch_size": 4, "max_new_tokens": 16, "eval_interval": 2, "eval_questions": 20,
-            "checkpoint_interval": 2, "run_dir": folder,
+            "checkpoint_interval": 2, "run_dir": folder, "dataset": few_questions,
         }  # fmt: skip
         given = {f.split("=")[0].removeprefix("--") for f in flags}
         argv = [f"--{k}={v}" for k, v in small.items() if k not in given]

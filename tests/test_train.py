@@ -322,6 +322,7 @@ def test_demo_learns(tiny_run):
     folder = tiny_run(
         "demo", "--rollouts_per_step=32", "--group_size=8", "--train_batch_size=256", "--micro_batch_size=256",
         "--max_new_tokens=48", "--steps=40", "--eval_interval=40", "--eval_questions=200", "--checkpoint_interval=0",
+        "--dataset=tiny/task",
     )  # fmt: skip
     first, last = metrics(folder)[0], metrics(folder)[-1]
     assert first["eval/accuracy"] <= 0.45
