@@ -166,8 +166,8 @@ def with_prompts(
         raise UserError("Every prompt is empty: the model's chat template or tokenizer makes no tokens of a question.")
     if not fitting:
         raise UserError(
-            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: {min(map(len, tokens))} "
-            "tokens); raise it."
+            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: "
+            f"{min(map(len, tokens))} tokens); raise it."
         )
     return fitting, len(questions) - len(fitting)
 
