@@ -47,12 +47,14 @@ SMALL = [
     "--preset=tiny", "--device=cpu", "--steps=24", "--rollouts_per_step=4", "--group_size=4", "--train_batch_size=8",
     "--max_new_tokens=32", "--eval_interval=3", "--eval_questions=50", f"--checkpoint_interval={INTERVAL}",
     "--keep_checkpoints=2", "--eval_dataset=tiny/task",
+    "--reward", "accuracy", "length_penalty", "--reward_weights", "1", "0.5",  # a spread in each group: each step trains
 ]  # fmt: skip
 # 30 questions, so that an epoch ends in the 8th step; two passes over each rollout, so that old log-probabilities
 # count.
 SCENARIOS = {
     "grpo": ["--objective=grpo", "--epochs_per_step=2"],
-    "dapo": ["--objective=dapo", "--epochs_per_step=2"],  # dynamic sampling
+    # Dynamic sampling, for which there must be groups without a spread.
+    "dapo": ["--objective=dapo", "--epochs_per_step=2", "--reward", "accuracy", "--reward_weights", "1"],
     "gspo": ["--objective=gspo", "--epochs_per_step=2", "--temperature=0.8"],
     "entropy": ["--entropy_weight=0.01", "--entropy_target=0.5", "--top_entropy=0.5", "--eval_samples=2"],
     "bf16": ["--objective=dr_grpo", "--precision=bf16", "--kl_weight=0.05", "--gradient_checkpointing"],
