@@ -283,6 +283,8 @@ def console_line(step: int, steps: int, row: dict[str, float]) -> str:
         for word, name, form in CONSOLE
         if name in row and not (word in ("skipped", "clipped") and not row[name])
     ]
+    on = [name.removeprefix("alarm/") for name in row if name.startswith("alarm/")]
+    parts += [f"ALARM {', '.join(on)}"] if on else []
     if "eval/accuracy" in row:
         parts.append(
             f"held-out accuracy {row['eval/accuracy']:.3f} "

@@ -47,7 +47,7 @@ SMALL = [
     "--preset=tiny", "--device=cpu", "--steps=24", "--rollouts_per_step=4", "--group_size=4", "--train_batch_size=8",
     "--max_new_tokens=32", "--eval_interval=3", "--eval_questions=50", f"--checkpoint_interval={INTERVAL}",
     "--keep_checkpoints=2", "--eval_dataset=tiny/task",
-    "--reward", "accuracy", "length_penalty", "--reward_weights", "1", "0.5",  # a spread in each group: each step trains
+    "--reward", "accuracy", "length_penalty", "--reward_weights", "1", "0.5",  # a spread in each group, always
 ]  # fmt: skip
 # 30 questions, so that an epoch ends in the 8th step; two passes over each rollout, so that old log-probabilities
 # count.

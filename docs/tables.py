@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/objectives.md again, from the code that they describe.
+"""Write the tables of the README and of the pages beside this file again, from the code that they describe.
 
     python docs/tables.py
 
@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from alarms import ALARMS  # noqa: E402
 from config import PRESETS, SYSTEM_PROMPT, Config  # noqa: E402
 from loss import OBJECTIVES, Objective  # noqa: E402
 
@@ -22,6 +23,8 @@ FILES = [
     "train", "rollout", "reward", "loss", "replay_buffer", "log_probs", "model", "config", "data", "evaluate",
     "monitor", "alarms", "preflight", "checkpoint", "run", "sft", "errors",
 ]  # fmt: skip
+
+PAGES = ("README.md", "docs/objectives.md", "docs/reliability.md")
 
 
 def shown(value: Any) -> str:
@@ -81,6 +84,12 @@ def methods() -> str:
     return "\n".join([*lines, "", f"The row `grpo`: {base}."])
 
 
+def alarms() -> str:
+    """Each alarm with its metric and its sentence."""
+    lines = ["| alarm | looks at | says |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | `{a.metric}` | {a.advice} |" for name, a in ALARMS.items())])
+
+
 def measured(family: str) -> str:
     """The table of one family of benchmarks/ablation.py's runs."""
     sections = (ROOT / "results" / "ablation.md").read_text(encoding="utf-8").split("## ")
@@ -92,7 +101,7 @@ def filled(text: str) -> str:
     """`text` with every table that this file makes put in its place."""
     tables = {
         "files": files, "knobs": knobs, "methods": methods, "recipes": lambda: measured("Recipes"),
-        "ablations": lambda: measured("Ablations"),
+        "ablations": lambda: measured("Ablations"), "alarms": alarms,
     }  # fmt: skip
     for name, make in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
@@ -101,8 +110,8 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Fill both pages."""
-    for page in (ROOT / "README.md", ROOT / "docs" / "objectives.md"):
+    """Fill the pages."""
+    for page in (ROOT / name for name in PAGES):
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -108,6 +108,7 @@ def test_an_alarm_is_printed_when_it_begins_and_is_in_every_log(tmp_path, capsys
     assert out.count("ALARM kl: The policy is far from the reference") == 2, "when it begins, and when it comes back"
     rows = metrics(tmp_path)
     on = [row["step"] for row in rows if "alarm/kl" in row]
+    assert out.count("| ALARM kl") == len(on), "each step's line says which are on"
     assert on[:4] == [3, 4, 5, 6] and all(row.get("alarm/kl", 1.0) == 1.0 for row in rows)
     log = EventAccumulator(str(tmp_path))
     log.Reload()
@@ -124,6 +125,6 @@ def test_alarms_remember_over_a_resume(tmp_path, capsys):
         assert len(monitor.rows) == start
         lines_of(monitor, values, start + 1)
         monitor.close()
-    assert capsys.readouterr().out.count("ALARM") == 1
+    assert capsys.readouterr().out.count("ALARM kl:") == 1
     assert ["alarm/kl" in row for row in metrics(tmp_path)] == [False, False, True, True]
     assert monitor.rows.maxlen == LONGEST

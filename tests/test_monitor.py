@@ -1,12 +1,15 @@
 """monitor.py: names with meanings, sums and counts, and what a reader of TensorBoard finds."""
 
+import os
 import re
+import threading
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from monitor import CHARTS, GLOSSARY, Monitor, console_line, meaning
+from alarms import ALARMS, LONGEST
+from monitor import CHARTS, GLOSSARY, Monitor, console_line, meaning, progress
 
 
 def test_unknown_names_raise(tmp_path):
@@ -51,4 +54,39 @@ def test_tensorboard_of_a_run(tiny_run):
 def test_console_line():
     line = console_line(3, 80, {"rollout/returns": 0.5, "train/skipped_steps": 0.0, "time/step": 1.5})
     assert line == "step  3/80 | reward 0.500 | s 1.50"
+    assert console_line(3, 80, {"alarm/kl": 1.0, "alarm/ratio": 1.0}).endswith("| ALARM kl, ratio")
     assert "skipped 2" in console_line(3, 80, {"train/skipped_steps": 2.0})
+
+
+def test_a_progress_bar_in_a_file_is_nothing(capfd):
+    """stderr is not a terminal here: no byte, and no more work than the loop alone."""
+    assert list(progress(range(1000), "steps")) == list(range(1000))
+    assert capfd.readouterr().err == ""
+    bar = progress(range(3), "steps")
+    assert bar.disable and not hasattr(bar, "last_print_t"), "a bar that is switched off keeps no clock"
+
+
+def test_a_run_gives_back_what_it_took(tiny_run):
+    """Open files and threads; the hour-long version is benchmarks/soak.py."""
+
+    def held():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    tiny_run("first")  # what torch and transformers open once
+    before = held()
+    for i in range(3):
+        tiny_run(f"run{i}", "--steps=2")
+    assert held() == before
+
+
+def test_a_log_of_many_steps_keeps_few_in_memory(tmp_path):
+    monitor = Monitor(ALARMS)
+    monitor.open(tmp_path)
+    sizes = []
+    for step in range(3 * LONGEST):
+        monitor.add("rollout/returns", 0.5)
+        monitor.flush(step, 10**6)
+        sizes.append((tmp_path / "metrics.jsonl").stat().st_size)
+    assert len(monitor.rows) == LONGEST and not monitor.sums
+    grown = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
+    assert max(grown) - min(grown) <= 30, "each step adds a line of the same length, but for its numbers"
