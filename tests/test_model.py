@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BioGptConfig,
+    BioGptForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 import log_probs as log_probs_module
 from config import Config
@@ -175,3 +183,14 @@ def test_a_model_that_bf16_breaks_is_sampled_from_in_fp32(model, capsys):
     model.model.embed_tokens.register_forward_hook(lambda *args: args[2].float())
     assert decoding_copy(model, "it") is None
     assert "cannot be sampled from in bf16" in capsys.readouterr().out
+
+
+def test_weights_do_not_stay_in_the_files_memory_map(tmp_path, tokenizer):
+    """Where a tensor may begin at any byte: matrix products then round otherwise than in a process that never loaded it."""
+    network = load_model("tiny/model", "fp32")
+    network.save_pretrained(tmp_path)
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert any(p.data_ptr() % 64 for p in mapped.parameters()), (
+        "what transformers does; without it nothing is tried here"
+    )
+    assert not any(p.data_ptr() % 64 for p in load_model(str(tmp_path), "fp32").parameters())
