@@ -474,24 +474,29 @@ def build(config: Config, resume: str | None) -> Trainer:
     if reference is not None:
         reference = Policy(reference.requires_grad_(False), config.temperature, share)
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
-    if state:
-        loss.load_state_dict(state.loss, strict=False)  # only an adaptive entropy bonus has a state
-        try:
-            optimizer.load_state_dict(state.optimizer)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{saved} has the state of another optimizer; go on with the one of before.") from error
-        for group in optimizer.param_groups:  # a state brings its own; the knob may have been changed
-            group["weight_decay"] = config.weight_decay
-    stream = QuestionStream(questions, config.seed, state.position if state else 0)
-    step = state.step if state else 0
+    stream = QuestionStream(questions, config.seed)
     twin = decoding_copy(model, config.model) if config.precision == "bf16" else None
     monitor = Monitor(alarms_for(loss.objective, config.top_p))
     t = Trainer(
-        config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, monitor, step,
-        config.micro_batch, twin, state.skipped if state else 0,
+        config, accelerator, tokenizer, policy, reference, optimizer, loss, rewards, stream, held_out, monitor,
+        start_step=0, micro_batch_size=config.micro_batch, twin=twin,
     )  # fmt: skip
+    if state:
+        restore(t, state)
     check_sampler(t.sampler(), policy, tokenizer, questions, config)
     return t
+
+
+def restore(t: Trainer, state: checkpoint.TrainerState) -> None:
+    """Put the trainer where a checkpoint was written; the weights are loaded already."""
+    t.start_step, t.questions.position, t.skipped = state.step, state.position, state.skipped
+    t.loss.load_state_dict(state.loss, strict=False)  # only an adaptive entropy bonus has a state
+    try:
+        t.optimizer.load_state_dict(state.optimizer)
+    except (ValueError, KeyError) as error:
+        raise UserError("The checkpoint has the state of another optimizer; leave --optimizer as it was.") from error
+    for group in t.optimizer.param_groups:  # a state brings its own; the knob may have been changed
+        group["weight_decay"] = t.config.weight_decay
 
 
 def describe_objective(config: Config, objective: Objective) -> str:
