@@ -21,9 +21,10 @@ QUIET = 20  # steps without it after which an alarm is printed again
 
 @dataclass(frozen=True)
 class Alarm:
-    """A metric, when it is out of bounds, and what to do then."""
+    """A metric, when it is out of bounds (in words and as a function), and what to do then."""
 
     metric: str
+    when: str
     bad: Callable[[list[float]], bool]  # its values so far, the last one is now
     advice: str
 
@@ -64,55 +65,59 @@ def has_jumped(values: list[float]) -> bool:
 
 ALARMS = {
     "kl": Alarm(
-        "train/kl_divergence", mean_of(3, lambda x: x > 0.1),
+        "train/kl_divergence", "mean of 3 steps above 0.1", mean_of(3, lambda x: x > 0.1),
         "The policy is far from the reference (KL above 0.1): raise kl_weight or lower lr.",
     ),
     "clipped": Alarm(
-        "train/clipped_share", mean_of(3, lambda x: x > 0.3),
+        "train/clipped_share", "mean of 3 steps above 0.3", mean_of(3, lambda x: x > 0.3),
         "More than 30 % of the tokens are clipped and teach nothing: lower lr or epochs_per_step.",
     ),
     "ratio": Alarm(
-        "train/ratio_mean", mean_of(3, lambda x: abs(x - 1) > 0.1),
+        "train/ratio_mean", "mean of 3 steps not within 0.9 … 1.1", mean_of(3, lambda x: abs(x - 1) > 0.1),
         "New and old policy differ by more than 10 % on the average token: lower lr or epochs_per_step, or raise "
         "train_batch_size.",
     ),
     "no_spread": Alarm(
-        "rollout/no_spread_share", mean_of(5, lambda x: x > 0.8),
+        "rollout/no_spread_share", "mean of 5 steps above 0.8", mean_of(5, lambda x: x > 0.8),
         "More than 80 % of the groups have equal rewards and teach nothing. If most answers are wrong: easier "
         "questions, a warm start (sft.py) or a finer reward; if most are right: harder questions. In both cases a "
         "larger group_size, a higher temperature, or --dynamic_sampling 10.",
     ),
     "truncated": Alarm(
-        "rollout/truncated_share", mean_of(3, lambda x: x > 0.9),
+        "rollout/truncated_share", "mean of 3 steps above 0.9", mean_of(3, lambda x: x > 0.9),
         "Nearly every completion is cut off before its end: raise max_new_tokens, or see in the samples whether the "
         "model ever stops (a base model may need sft.py first).",
     ),
     "reward_falls": Alarm(
-        "rollout/returns", has_fallen,
-        "The reward has fallen by a fifth or more from its best: lower lr or raise kl_weight, and go on from an "
-        "earlier checkpoint.",
+        "rollout/returns", "mean of 10 steps a fifth below the best 10 before", has_fallen,
+        "The reward has fallen by a fifth or more from its best: start again from an earlier checkpoint (--model "
+        "runs/NAME/checkpoint-STEP) with a lower lr or a higher kl_weight.",
     ),
     "length_explodes": Alarm(
-        "rollout/completion_tokens", has_exploded,
+        "rollout/completion_tokens", "mean of 5 steps above 4 times that of 20 steps before", has_exploded,
         "Completions are four times as long as 20 steps ago: read the samples; add the reward soft_overlong or "
         "length_penalty, or take an objective without the length bias (dr_grpo, dapo).",
     ),
     "length_collapses": Alarm(
-        "rollout/completion_tokens", has_collapsed,
+        "rollout/completion_tokens", "mean of 5 steps below a third of that of 20 steps before", has_collapsed,
         "Completions are a third as long as 20 steps ago: read the samples, a part of the reward may be had without an "
         "answer (lower its reward_weights); else lower lr or raise warmup_steps.",
     ),
     "gradient": Alarm(
-        "train/grad_norm", has_jumped,
+        "train/grad_norm", "3 steps above 10 times the median of 50 before", has_jumped,
         "The gradient norm is ten times its usual: lower lr or max_norm, and look for extreme rewards.",
     ),
     "skipped": Alarm(
-        "train/skipped_steps", mean_of(1, lambda x: x > 0),
+        "train/skipped_steps", "any", mean_of(1, lambda x: x > 0),
         "Optimizer steps were skipped because the loss or a gradient was not finite: lower lr; with bf16 try "
         "--precision fp32.",
     ),
+    "unscored": Alarm(
+        "rollout/unscored_share", "mean of 3 steps above 0.5", mean_of(3, lambda x: x > 0.5),
+        "More than half of the scores are None: see whether the reward functions find what they look for.",
+    ),
     "sampler": Alarm(
-        "train/sampler_gap", mean_of(3, lambda x: x > 0.3),
+        "train/sampler_gap", "mean of 3 steps above 0.3", mean_of(3, lambda x: x > 0.3),
         "Sampler and trainer disagree about the sampled tokens: try --precision fp32, or --sampler_correction "
         "token_truncate.",
     ),

@@ -88,7 +88,7 @@ def find_model(folder: str) -> str:
     """`folder`, or its newest checkpoint if it is a run folder; UserError if that has none yet, or a damaged one."""
     found = checkpoints(Path(folder))
     if not found and Path(folder, "config.yaml").is_file() and not Path(folder, "config.json").is_file():
-        raise UserError(f"The run {folder} has no checkpoint yet; a model is in checkpoint-STEP, or (sft.py) in model.")
+        raise UserError(f"The run {folder} has no checkpoint; a model is in checkpoint-STEP, or (sft.py) in model.")
     model = found[-1] if found else Path(folder)
     if (model / SUMS).is_file():
         verify(model)

@@ -331,6 +331,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Settings from a saved config.yaml, each one checked against its field; unknown names raise UserError."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no config {path}; give --config the config.yaml of a run.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the config {path}: {error}; it must be a text file in UTF-8.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5000 digits; brackets too deep
@@ -343,9 +345,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     for name in map(str, values):
         if name not in types:
             try:
-                choose(name, types, f"knob (in {path})")
+                choose(name, types, "knob")
             except UserError as error:
-                raise UserError(f"{error} Mend the line, or remove it if another version wrote it.") from error
+                raise UserError(f"{path}: {error} Mend the line, or remove it if another version wrote it.") from error
     return {str(k): typed(v, types[str(k)], f"{k} in {path}") for k, v in values.items()}
 
 
@@ -386,6 +388,8 @@ def parse_config(argv: list[str], description: str | None = None, **extra: str) 
             action.nargs, action.const = "?", True
         if action.dest == "micro_batch_size":
             action.type = number_or_auto
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"the same as --{action.dest} false"
     parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
     about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)

@@ -59,6 +59,7 @@ GLOSSARY = {
     "rollout/rounds": "Rollouts that dynamic sampling made in this step; the completions of each are paid for.",
     "rollout/idle_groups": "Groups without spread that dynamic sampling could not replace.",
     "rollout/truncated_share": "Share of completions cut off by max_new_tokens. If it grows, so should the budget.",
+    "rollout/unscored_share": "Share of the scores that are None: a reward function could not score the completion.",
     "rollout/no_spread_share": "Share of groups whose rewards are all equal: they teach nothing. Above 0.8, the "
     "questions are too hard, too easy, or the reward too coarse.",
     "rollout/group_baseline_std": "Spread of the groups' mean rewards: how much the questions differ in difficulty.",

@@ -129,4 +129,4 @@ def check_sampler(
             f"{config.model} is sampled from otherwise than it is trained: log-probabilities differ by {max(gaps):.2g} "
             f"nats per token, and rounding would be below {limit:.2g}; try {other}."
         )
-    print(f"sampler and trainer agree: {max(gaps):.1g} nats per token apart")
+    print(f"tried: sampler and trainer give the same log-probabilities ({max(gaps):.1g} nats per token apart)")

@@ -11,7 +11,8 @@ loss.py compares and has the objective. Departures from the paper's algorithm 1 
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,11 @@ def train(t: Trainer, run_dir: Path) -> None:
         for step in progress(range(t.start_step + 1, config.steps + 1), "steps"):
             start = time.perf_counter()
             generator = seed_step(config.seed, step)
-            groups = mark(t, ask(t, config.rollouts_per_step))
-            groups = replace_idle(t, groups)
-            advantages = compare(t, groups)
-            remember(t, replay_buffer, groups, advantages)
+            with keeping(t, run_dir, step - 1):
+                groups = mark(t, ask(t, config.rollouts_per_step))
+                groups = replace_idle(t, groups)
+                advantages = compare(t, groups)
+                remember(t, replay_buffer, groups, advantages)
             learn(t, replay_buffer, step, generator)
             t.monitor.add("time/step", time.perf_counter() - start)
 
@@ -166,6 +168,7 @@ def mark(t: Trainer, groups: list[Group]) -> list[Group]:
     )
     for name, values in by_name.items():
         t.monitor.add_spread(f"reward/{name}_mean", f"reward/{name}_std", values)
+        t.monitor.add("rollout/unscored_share", values.isnan().sum(), len(values))
     for question, completion in pairs:
         success = reward.is_correct(completion.text, question.reference)
         t.monitor.add("rollout/success_rate", success)
@@ -386,6 +389,22 @@ def save(t: Trainer, run_dir: Path, step: int) -> None:
     checkpoint.save_checkpoint(run_dir, state, t.model, t.tokenizer, t.config)
 
 
+@contextmanager
+def keeping(t: Trainer, run_dir: Path, done: int) -> Iterator[None]:
+    """Where something fails before any weight is changed (a user's reward, for one), save the steps that are done."""
+    position = t.questions.position
+    try:
+        yield
+    except UserError as error:
+        t.questions.position = position
+        with suppress(UserError):  # the first one is what to say
+            if done > t.start_step and due(t.config.checkpoint_interval, done, True):
+                save(t, run_dir, done)
+        if checkpoint.checkpoints(run_dir):
+            raise UserError(f"{error} Put that right, then go on with --resume {run_dir}.") from error
+        raise
+
+
 def give_up(t: Trainer, run_dir: Path, step: int) -> str:
     """The sentence for a run that cannot go on."""
     return (
@@ -408,7 +427,7 @@ def say_goodbye(run_dir: Path, step: int) -> None:
     saved = [p.name for p in checkpoint.checkpoints(run_dir)]
     print(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
     if saved:
-        print(f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} --steps MORE")
+        print(f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} --steps {2 * step}")
 
 
 def quiet_progress(what: str) -> Callable:

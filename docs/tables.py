@@ -85,9 +85,9 @@ def methods() -> str:
 
 
 def alarms() -> str:
-    """Each alarm with its metric and its sentence."""
-    lines = ["| alarm | looks at | says |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | `{a.metric}` | {a.advice} |" for name, a in ALARMS.items())])
+    """Each alarm with its metric, its condition and its sentence."""
+    lines = ["| alarm | looks at | sounds when | says |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | `{a.metric}` | {a.when} | {a.advice} |" for name, a in ALARMS.items())])
 
 
 def measured(family: str) -> str:

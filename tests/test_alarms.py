@@ -14,7 +14,7 @@ from monitor import Monitor
 HEALTHY = {
     "train/kl_divergence": 0.02, "train/clipped_share": 0.1, "train/ratio_mean": 1.01, "train/grad_norm": 0.4,
     "train/skipped_steps": 0.0, "train/sampler_gap": 0.03, "rollout/no_spread_share": 0.4, "rollout/returns": 0.5,
-    "rollout/truncated_share": 0.1, "rollout/completion_tokens": 150.0,
+    "rollout/truncated_share": 0.1, "rollout/completion_tokens": 150.0, "rollout/unscored_share": 0.0,
 }  # fmt: skip
 # metric, its values step by step (the last ones go wrong), the step in which the alarm first sounds
 WRONG = {
@@ -22,7 +22,7 @@ WRONG = {
     "no_spread": [0.7, 0.85, 0.85, 0.85, 0.85], "truncated": [0.5, 0.95, 0.95, 0.95],
     "reward_falls": [0.5, 0.52] * 10 + [0.3, 0.28] * 4, "length_explodes": [100.0] * 20 + [900.0] * 5,
     "length_collapses": [155.0] * 20 + [18.0] * 5, "gradient": [0.5] * 10 + [6.0] * 3, "skipped": [0.0, 1.0],
-    "sampler": [0.03, 0.6, 0.6, 0.6],
+    "sampler": [0.03, 0.6, 0.6, 0.6], "unscored": [0.0, 0.9, 0.9, 0.9],
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_a_saved_config_runs_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lrr: 1", "There is no knob .* 'lrr'; did you mean lr"),
+        ("lrr: 1", "c.yaml: There is no knob 'lrr'; did you mean lr"),
         ("lr: fast", "lr in .* is 'fast'; it must be of type float"),
         ("steps: 2.5", "must be of type int"),
         ("steps: true", "must be of type int"),

@@ -383,7 +383,7 @@ MODELS: list[Bad] = [
 
 C = "--config {d}/c.yaml"
 CONFIGS: list[Bad] = [
-    ("--config nowhere.yaml", "Cannot read the config nowhere.yaml"),
+    ("--config nowhere.yaml", "There is no config nowhere.yaml"),
     ("--config ''", "--config is empty; give it the config.yaml of a run, or leave it out."),
     (["--config", "a\0b"], "with a character that is not text"),
     ("--config {d}", "Is a directory"),
@@ -470,7 +470,7 @@ RUNS: list[Bad] = [
 
 OTHERS: list[Bad] = [
     ("--model nowhere", "Cannot load the tokenizer 'nowhere'", None, "evaluate"),
-    ("--model {d}/r", "has no checkpoint yet", a_run("checkpoint-1"), "evaluate"),
+    ("--model {d}/r", "has no checkpoint; a model is in checkpoint-STEP", a_run("checkpoint-1"), "evaluate"),
     ("--model {d}/r", "config.yaml is not what was written", a_run(checkpoint_1_config__yaml="a: ["), "evaluate"),
     ("--resume {d}/r", "--resume is train.py's; to look at a run say --model", a_run(), "evaluate"),
     (M, "no match", bundled(tokenizer={"eos_token": "<zz>"}), "evaluate"),
