@@ -2,7 +2,8 @@
 
 A reward is paid for what is read here. So this says what counts, and nothing else does: an answer is written plainly
 (PLAINER); what stands behind its last equals sign must be one number with words around it (STATES); and none of the
-words may change what the number means (CHANGES). That misses some right answers, and pays for no wrong one.
+words may change what the number means (CHANGES). When in doubt it reads nothing: a right answer that is missed costs a
+little, a wrong one that is paid is what the model will learn to write.
 """
 
 import re
@@ -35,18 +36,17 @@ PLAINER = [(re.compile(pattern), plain_way) for pattern, plain_way in (
 
 NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 HYPHEN = r"(?<=[A-Za-z])-(?=[A-Za-z])"
-STATES = re.compile(
-    rf"(?P<before>(?:[A-Za-z ,.:;!'\"`#)\]]|(?<![A-Za-z])[(\[]|{HYPHEN})*)"
-    r"(?<![A-Za-z.,!)\]])"  # not x72, f(2)72, or the 5 of .5
-    r"(?P<sign>(?:^[-+] |[-+])?)"
-    rf"(?:(?:(?P<whole>\d+) (?:and )?)?(?P<over>\d+) ?/ ?(?P<under>\d+)|(?P<number>{NUMBER}))"
-    rf"(?P<after>(?:(?<=[A-Za-z]) ?\^ ?[23](?!\.?\d)|(?<=[A-Za-z])[²³]|/ ?(?=[A-Za-z])|{HYPHEN}|"
-    r"[A-Za-z ,.:;!'\"`)(\[\]%°])*)"
-)
-SUM = re.compile(r"(?:[\d\s.()+*/÷^%-]|,(?=\d{3}(?!\d)))*")  # left of an equals sign: no letters, or ...
-NAME = re.compile(r"([A-Za-z .,:']*?)(?:\b[A-Za-z])? ?")  # ... no digits: x, so x, Total cost
-WORDS = re.compile(r"(?![aAI] [a-z]{2})[A-Za-z]+")  # all but `a` and `I`; a letter by itself is an unknown, unless:
-UNITS = set("CFLghlms")
+BEFORE = rf"(?P<before>(?:[A-Za-z ,.:;!'\"`#)\]]|(?<![A-Za-z])[(\[]|{HYPHEN})*)(?<![A-Za-z.,!)\]])"  # not x72, (2)72
+SIGN = r"(?P<sign>(?:^[-+] |[-+])?)"  # away from its number at the start only: `48 - 24` is no -24
+FRACTION = r"(?:(?P<whole>\d+) (?:and )?)?(?P<over>\d+) ?/ ?(?P<under>\d+)"
+UNIT = r"(?<=[A-Za-z]) ?\^ ?[23](?!\.?\d)|(?<=[A-Za-z])[²³]|/ ?(?=[A-Za-z])"  # m^2, m², km/h; but not 72²
+AFTER = rf"(?P<after>(?:{UNIT}|{HYPHEN}|[A-Za-z ,.:;!'\"`)(\[\]%°])*)"
+STATES = re.compile(rf"{BEFORE}{SIGN}(?:{FRACTION}|(?P<number>{NUMBER})){AFTER}")
+# Left of an equals sign: no letters (48 + 24), or no digits and one unknown at most (x, so x, Total cost).
+SUM = re.compile(r"(?:[\d\s.()+*/÷^%-]|,(?=\d{3}(?!\d)))*")
+NAME = re.compile(r"([A-Za-z .,:']*?)(?:\b[A-Za-z])? ?")
+WORDS = re.compile(r"(?![aAI] [a-z]{2})[A-Za-z]+")  # all but the words `a` and `I`: other single letters are unknowns
+UNITS = frozenset("CFLghlms")  # ... or these, behind a number
 NUMERALS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety dozen hundred thousand million billion "
@@ -112,7 +112,7 @@ def parse_number(text: str) -> Fraction | None:
     return -value if "-" in stated["sign"] else value
 
 
-def keep_its_meaning(words: str, letters: set[str] = frozenset("s")) -> bool:  # s: of Bob's
+def keep_its_meaning(words: str, letters: frozenset[str] = frozenset("s")) -> bool:  # Bob's
     """Whether a number among these words is what it would be without them."""
     return all(word.lower() not in CHANGES and (len(word) > 1 or word in letters) for word in WORDS.findall(words))
 
