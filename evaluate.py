@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
+from answers import is_correct, is_correct_flexible
 from checkpoint import find_model
 from config import Config, located, parse_config
 from data import Question, load_questions, with_prompts
@@ -25,7 +26,6 @@ from errors import UserError, command
 from model import build_accelerator, load_model, load_tokenizer
 from monitor import meaning, progress
 from preflight import check_model
-from reward import is_correct, is_correct_flexible
 from rollout import Sampling, rollout
 
 Metrics = dict[str, tuple[float, float]]

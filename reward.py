@@ -1,4 +1,4 @@
-"""Find the answer in a completion; the rewards by name, and your own from a file.
+"""The rewards by name, your own from a file, and a time limit for whatever you wrote.
 
 Every reward function, built in or yours, has the signature of TRL's for plain-text prompts and completions:
 
@@ -14,173 +14,27 @@ import copy
 import importlib.util
 import inspect
 import math
-import re
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from answers import find_answer, is_correct
 from errors import UserError, choose
 
 RewardFunction = Callable[..., list[float | None]]
 
-# 72, -72, - 72, 1,000, 72.50, .5, 1e3; the comma only where it separates thousands.
-NUMBER = re.compile(
-    r"(?:^\s*[-+] |[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
-)
-REFERENCE = re.compile(
-    r"[-+]? ?[\d.,]+(?:[eE][-+]?\d+)?(?: \d+)?(?: ?/ ?\d+)?(?:\.| ?[%°]|(?: [^\W\d]+)*)"
-)  # a number, and perhaps its unit
-SIGNS = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "’": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "⁄": "/",
-    "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3",
-})  # fmt: skip
-UNIT = r"(?<![^\W\d])((?:[ckm]?m|ft|in|yd|inches|feet|units?|(?:centi|kilo)?met(?:er|re)s?)[}) ]?)"
-# Ways of writing, mostly LaTeX's, and the plain way, in this order. None changes what is meant.
-REWRITES = [(re.compile(pattern, re.I), plainer) for pattern, plainer in (
-    (r"(?<![^\W_])(?:US|CA|AU|HK|A|C)\\?\$(?=\.?\d)|\\?[$€£¥₹]", ""),
-    (r"\\!|[\u200b\ufeff]", ""),
-    (r"\{,\}", ","),
-    (r"\\(?=[%#&])", ""),
-    (r"\\[,;: ()\[\]]|\\(?:approx|q?quad|left|right|displaystyle|(?:text|math)(?:bf|rm|it)?|boxed|mbox)(?![a-z])", " "),
-    (r" ?\^ ?\{? ?\\circ ?\}?|\\degree\b", "°"),
-    (r"[-=]+>|→", " "),
-    (r"[!<>]=|\\(?:n?leq?|n?geq?|neq?|lt|gt)(?![a-z])", "≠"),
-    (r"(?<=[^\W\d])\.(?=\d)", ". "),  # Rs.500 is not .500
-    (r"\\[dt]?frac *(?:\{ *([-+]?[\d.]+) *\} *\{ *([\d.]+) *\}|(\d) *(\d))", r" \1\3/\2\4"),
-    (UNIT + r"(?:\^ ?\{?2\}?(?!\d)|(?<! )2\b)", r"\1²"),
-    (UNIT + r"(?:\^ ?\{?3\}?(?!\d)|(?<! )3\b)", r"\1³"),
-    (r"(?<![\d/^.,])(?<!/ )(\d+(?:\.\d+)?) ?(?:×|x|\*|\\times|\\cdot) ?10\^ ?\{?([-+]?\d{1,3})(?!\d)\}?", r"\1e\2"),
-    (r"(?:\b(?:minus|negative) +|[负負])(?=\.?\d)", "-"),
-    (r"(?<![\d.,])(?<!\d[ '])\d{1,3}([ '])\d{3}(?:\1\d{3})*(?![\d,/]|[ '][\d/])", lambda m: m[0].replace(m[1], "")),
-    (r"[{}]", " "),
-)]  # fmt: skip
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# Where one of these stands, the number is not what the text states: `not 72`, `x > 72`, `2x = 72`, `\sqrt{72}`, `72²`.
-UNSURE = re.compile(
-    r"\b(?:not|never|cannot|neither|except|unless|if|nowhere|almost|nearly|wrong|at least|at most|or(?! so\b)|"
-    r"half|and \w+ (?:third|quarter|fourth|fifth|eighth|tenth)s?)\b|n't|不|\\[a-z]|[∞¬⌊⌈\u202e]|~~|, no\b",
-    re.I,
-)
-UNSURE_LEFT = re.compile(  # of the last equals sign
-    r"\d ?[^\W\d]*[,;](?!\d)|\b(?:or|if|not|and [a-z])\b|n't|≠|"
-    r"\d ?[xyzn]\b(?! ?\d)|\b[xyzn] ?[-+*/^²³√]|[-+*/√] ?[xyzn]\b"
-)
-UNSURE_BEFORE = re.compile(
-    r"(?:[-+^√<>≤≥≠/×÷·|±]|[\w)] ?\*)\W*$|[A-Za-zα-ω_)\]][\[(]?$|"
-    r"\b(?i:than|least|most|over|under|above|below|up to|twice|double|triple|times|divided by|multiplied by|plus|root|"
-    r"squared?|cubed?|sqrt|abs|min|max|floor|ceil|round|log|ln|sin|cos|tan|mod|between|past|(?:much|many) as|"
-    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|(?:hundred|thousand) and)(?: of)? ?\(?$"
-)
-UNSURE_AFTER = re.compile(
-    r"\s?(?:[xyzni]\b|\(?pi\b|\(?[π√]|\( ?[xyzn]\b|[-+*×÷/·] ?\(?[xyzn]\b|[<>≤≥≠±])|"
-    r"[⁰¹²³⁴-⁹₀-₉^|百千万萬亿億]|_\w|[kKMB]\b|\+(?!\w)|"
-    r"[ -](?i:squared|cubed|factorial|plus|minus|divided|mod|root|(?:less|more) than [a-z]\b|"
-    r"(?:third|fourth|fifth|sixth|eighth|tenth|\w+(?:red|and|ion)th)s?\b|\w+(?:red|and|ion) \w+(?:red|and|ion)\b)"
-)
 OVERLONG_SHARE = 0.2
 TIME_LIMIT = 60.0  # seconds that one call of a reward function may take
 LARGEST_REWARD = torch.finfo(torch.float32).max
-LONGEST_ANSWER = 200  # characters; more than that is an essay
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
-
-def find_answer(completion: str) -> str | None:
-    """The text inside the last complete `<answer>…</answer>`, stripped; None if there is none."""
-    end = completion.rfind("</answer>")
-    start = completion.rfind("<answer>", 0, max(end, 0))
-    return None if start < 0 else completion[start + len("<answer>") : end].strip()
-
-
-def find_reasoning(completion: str) -> str | None:
-    """The text inside the first `<think>…</think>`, stripped; None if there is none."""
-    _, opened, rest = completion.partition("<think>")
-    inside, closed, _ = rest.partition("</think>")
-    return inside.strip() if opened and closed else None
-
-
-def plain(text: str) -> str:
-    """`text` without the ways of writing that mean nothing: LaTeX, currency, kinds of minus and of space."""
-    text = text.translate(SIGNS)
-    for pattern, plainer in REWRITES:
-        text = pattern.sub(plainer, text)
-    return text
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The one number that `text` states, as a person would read it; None if it states none, or several.
-
-    `72`, `$72`, `72.0`, `72 apples`, `1,000`, `3/4`, `1 1/2` and `70 + 2 = 72` state one; `70 or 72` does not, so that
-    listing every number earns nothing, nor do `not 72` and `x > 72`.
-    """
-    if len(text) > LONGEST_ANSWER:
-        return None
-    parts = plain(text).split("=")
-    while len(parts) > 1 and not NUMBER.search(parts[-1]):  # 72 = x
-        parts.pop()
-    text = parts[-1]
-    found = list(NUMBER.finditer(text))
-    if not found or UNSURE.search(text) or any(UNSURE_LEFT.search(part) for part in parts[:-1][-1:]):
-        return None
-    before, after = text[: found[0].start()], text[found[-1].end() :]
-    value = one_value(found, text)
-    if value is None or UNSURE_BEFORE.search(before) or UNSURE_AFTER.match(after):
-        return None
-    scale = re.match(r"\s?(hundred|thousand|million|billion|trillion)\b(?!-)", after, re.I)
-    return value * SCALES[scale[1].lower()] if scale else value
-
-
-def one_value(found: list[re.Match[str]], text: str) -> Fraction | None:
-    """The value of one number, of a fraction, or of a whole number with a fraction; None for other lists of numbers."""
-    values = [Fraction(match.group().replace(",", "").replace(" ", "").strip()) for match in found]
-    gaps = [text[a.end() : b.start()].strip() for a, b in zip(found, found[1:], strict=False)]
-    if len(values) == 1:
-        return values[0]
-    if gaps == ["/"] and values[1]:
-        return values[0] / values[1]
-    if gaps in (["", "/"], ["and", "/"]) and values[0].denominator == 1 and 0 < values[1] < values[2]:
-        part = values[1] / values[2]
-        return values[0] - part if "-" in found[0].group() else values[0] + part
-    return None
-
-
-def same_answer(answer: str, reference: str) -> bool:
-    """Whether two answers are the same number; where the reference is no plain number (x^2, H2O), the same words."""
-    if len(reference) <= LONGEST_ANSWER and REFERENCE.fullmatch(" ".join(plain(reference).split())):
-        target = parse_number(reference)
-        if target is not None:
-            return parse_number(answer) == target
-    return words(answer) == words(reference)
-
-
-def words(text: str) -> list[str]:
-    """What is compared where there is no number: no capitals, no bold, no full stop; LaTeX plain where it is short."""
-    short = plain(text) if len(text) <= LONGEST_ANSWER else text
-    return short.casefold().strip(" \n*`.").split() or text.split()
-
-
-def is_correct(completion: str, reference: str) -> bool:
-    """Strict: the answer tag is there and holds the reference."""
-    answer = find_answer(completion)
-    return answer is not None and same_answer(answer, reference)
-
-
-def is_correct_flexible(completion: str, reference: str) -> bool:
-    """Flexible: the answer tag, or without one the last number anywhere, is the reference."""
-    answer = find_answer(completion)
-    if answer is None:
-        tail = completion[-10 * LONGEST_ANSWER :]
-        tail = tail if tail == completion else tail.partition(" ")[2]  # not from the middle of a number
-        answer = (NUMBER.findall(tail.translate(SIGNS).replace("$", "")) or [""])[-1]
-    return same_answer(answer, reference)
 
 
 def accuracy(prompts: list[str], completions: list[str], reference: list[str], **columns: Any) -> list[float | None]:

@@ -11,6 +11,7 @@ import shutil
 import textwrap
 from dataclasses import replace
 
+from answers import find_answer, find_reasoning, is_correct
 from checkpoint import find_model
 from config import Config
 from data import Question, with_prompts
@@ -18,7 +19,6 @@ from errors import UserError, command
 from evaluate import held_out_questions, run_config
 from model import build_accelerator, load_model, load_tokenizer
 from preflight import check_model
-from reward import find_answer, find_reasoning, is_correct
 from rollout import Completion, Sampling, rollout
 
 

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+import answers
 import checkpoint
 import reward
 from alarms import alarms_for
@@ -170,7 +171,7 @@ def mark(t: Trainer, groups: list[Group]) -> list[Group]:
         t.monitor.add_spread(f"reward/{name}_mean", f"reward/{name}_std", values)
         t.monitor.add("rollout/unscored_share", values.isnan().sum(), len(values))
     for question, completion in pairs:
-        success = reward.is_correct(completion.text, question.reference)
+        success = answers.is_correct(completion.text, question.reference)
         t.monitor.add("rollout/success_rate", success)
         t.monitor.add("rollout/tokens_right" if success else "rollout/tokens_wrong", len(completion.ids))
         if question.difficulty:

@@ -5,7 +5,8 @@
 
 Two ways to make them. From a grammar: pieces of tags, digits, signs, LaTeX and odd characters, joined, repeated, cut
 and nested by a seeded generator; a few are megabytes long. And guided by coverage: atheris mutates bytes towards parts
-of reward.py that no text has reached yet. atheris is optional (pip install atheris); without it the grammar makes all.
+of answers.py and reward.py that no text has reached yet. atheris is optional (pip install atheris); without it the
+grammar makes all.
 
 Each text goes through every reward of reward.py and through what is below them, half of the time with a reference that
 is hostile too. What is returned must be finite numbers of the right type. Times are of this thread alone, so that other
@@ -62,7 +63,8 @@ GROWTH = 8.0  # of the time per kB, from the smallest size to the largest; quadr
 
 def functions() -> dict[str, Callable[[str, str], Any]]:
     """Everything that reads a completion: name to a function of (completion, reference), which checks its result."""
-    import reward  # here, so that atheris can instrument it first
+    import answers  # here, so that atheris can instrument them first
+    import reward
 
     def checked(kind: type, call: Callable[[str, str], Any]) -> Callable[[str, str], None]:
         def run(text: str, reference: str) -> None:
@@ -79,11 +81,11 @@ def functions() -> dict[str, Callable[[str, str], Any]]:
 
     found = {name: checked(float, through(function)) for name, function in reward.REWARDS.items()}
     return found | {
-        "find_answer": checked(str | None, lambda text, _: reward.find_answer(text)),
-        "find_reasoning": checked(str | None, lambda text, _: reward.find_reasoning(text)),
-        "same_answer": checked(bool, reward.same_answer),
-        "same_answer, as reference": checked(bool, lambda text, reference: reward.same_answer(reference, text)),
-        "is_correct_flexible": checked(bool, reward.is_correct_flexible),
+        "find_answer": checked(str | None, lambda text, _: answers.find_answer(text)),
+        "find_reasoning": checked(str | None, lambda text, _: answers.find_reasoning(text)),
+        "same_answer": checked(bool, answers.same_answer),
+        "same_answer, as reference": checked(bool, lambda text, reference: answers.same_answer(reference, text)),
+        "is_correct_flexible": checked(bool, answers.is_correct_flexible),
     }
 
 
@@ -165,7 +167,7 @@ def child(cases: int, seed: int, folder: Path) -> None:
     """In a process of its own, which libFuzzer ends: `cases` texts of atheris, then the tallies into a file."""
     import atheris
 
-    with atheris.instrument_imports(include=["reward"]):
+    with atheris.instrument_imports(include=["reward", "answers"]):
         calls = functions()
     tallies = {name: Tally() for name in calls}
     seen = 0

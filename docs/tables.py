@@ -20,8 +20,8 @@ from config import PRESETS, SYSTEM_PROMPT, Config  # noqa: E402
 from loss import OBJECTIVES, Objective  # noqa: E402
 
 FILES = [
-    "train", "rollout", "reward", "loss", "replay_buffer", "log_probs", "model", "config", "data", "evaluate",
-    "monitor", "alarms", "preflight", "checkpoint", "run", "sft", "errors",
+    "train", "rollout", "reward", "loss", "answers", "replay_buffer", "log_probs", "model", "config", "data",
+    "evaluate", "monitor", "alarms", "preflight", "checkpoint", "run", "sft", "errors",
 ]  # fmt: skip
 
 PAGES = ("README.md", "docs/objectives.md", "docs/reliability.md")

@@ -14,7 +14,7 @@ from loss import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "errors": 0, "replay_buffer": 0,
+    "answers": 0, "errors": 0, "replay_buffer": 0,
     "loss": 1, "data": 1, "reward": 1, "log_probs": 1, "config": 2, "alarms": 2,
     "model": 3, "checkpoint": 3, "monitor": 3,
     "rollout": 4, "preflight": 5, "evaluate": 6, "train": 7, "run": 8, "sft": 8,

@@ -8,9 +8,9 @@ import torch
 from test_train import build
 
 import train
+from answers import is_correct
 from log_probs import LOGITS_AT_A_TIME, token_log_probs
 from loss import OBJECTIVES, has_spread
-from reward import is_correct
 
 CHOICES = [
     *([f"--objective={name}"] for name in OBJECTIVES),
