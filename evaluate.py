@@ -1,6 +1,7 @@
 """Accuracy on held-out questions, greedy and sampled, with its 95 % interval.
 
-    python evaluate.py --model runs/NAME                 the newest checkpoint of a run, with the run's own settings
+    python evaluate.py                                   the newest run in runs/, with the run's own settings
+    python evaluate.py --model runs/NAME                 the newest checkpoint of a run
     python evaluate.py --preset tiny                     a preset's starting model
     python evaluate.py --model runs/NAME --eval_samples 8          pass@8 as well
 
@@ -19,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from answers import is_correct, is_correct_flexible
-from checkpoint import find_model
+from checkpoint import checkpoints, find_model
 from config import Config, located, parse_config
 from data import Question, load_questions, with_prompts
 from errors import UserError, command
@@ -103,12 +104,23 @@ def evaluate_samples(
     }
 
 
+def newest_run() -> Path | None:
+    """The run in runs/ that has written last, among those with a checkpoint."""
+    return max(filter(checkpoints, Path("runs").glob("*")), key=lambda run: run.stat().st_mtime, default=None)
+
+
 def run_config(argv: list[str], description: str | None, **extra: str) -> tuple[Config, dict[str, str | None]]:
     """The command line of a command that looks at a model: --model may be a run folder or a checkpoint.
+
+    Without --model (and without a preset or a config) it is the newest run in runs/.
 
     The settings (prompt, dataset, budget) are those of the run that made the model, unless flags say otherwise; the
     extra value `base` is the model that the run started from, or None.
     """
+    newest = None if any(a.startswith(("--model", "--preset", "--config")) for a in argv) else newest_run()
+    if newest:
+        print(f"--model {newest}, the newest run")
+        argv = [f"--model={newest}", *argv]
     config, others = parse_config(argv, description, **extra)
     if others["resume"]:
         raise UserError(f"--resume is train.py's; to look at a run say --model {others['resume']}.")

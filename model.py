@@ -33,6 +33,8 @@ def build_accelerator(config: Config) -> Accelerator:
 
 def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer."""
+    if (name.startswith(("runs/", ".", "/", "~")) or name.count("/") > 1) and not Path(located(name)).exists():
+        raise UserError(f"There is no folder {name}; give --model a folder that is there, or a hub name.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(located(name))
     except Exception as error:  # transformers raises many kinds for a damaged file

@@ -73,7 +73,7 @@ GLOSSARY = {
     "eval/accuracy_flexible": "The same, but without a tag the last number counts.",
     "eval/completion_tokens": "Mean length of the greedy completions.",
     "eval/truncated_share": "Share of the greedy completions cut off by max_new_tokens.",
-    "eval/sampled_accuracy": "Strict accuracy of the sampled completions behind pass@k (k = eval_samples): pass@1.",
+    "eval/sampled_accuracy": "Share of the sampled completions that are right, strict: pass@1.",
     "eval/pass_at_k": "Share of held-out questions with at least one right answer in eval_samples samples.",
     "time/rollout": "Seconds to sample the completions.",
     "time/log_probs": "Seconds for the log-probabilities of the policy that sampled and of the reference.",

@@ -215,7 +215,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TimeUp
 
 
-def ask(
+def call_reward(
     function: RewardFunction, prompts: list[str], completions: list[str], columns: dict[str, Any], seconds: float
 ) -> Any:
     """What a reward function returns for its own copies of the arguments; Failed if it raises, hangs or miscounts."""
@@ -230,7 +230,7 @@ def ask(
         raise Failed(f"failed: {describe(error)}", type(error).__name__) from error
     listed = isinstance(values, list | tuple) or (isinstance(values, Tensor) and values.dim() > 0)
     if not listed or len(values) != len(completions):
-        size = f"{len(values)} values" if listed else type(values).__name__
+        size = f"{len(values)} {'value' if len(values) == 1 else 'values'}" if listed else type(values).__name__
         raise Failed(f"returned {size}; it must return a list of {len(completions)} numbers", "shape")
     return values
 
@@ -248,20 +248,20 @@ def culprit(
     Within the limit of one call for all of them. One that takes more than half of that counts as one that hangs.
     """
     if len(completions) == 1:
-        return f"; the completion is {completions[0][:200]!r}"
+        return f" (the completion {completions[0][:200]!r})"
     limit = seconds if seconds > 0 else TIME_LIMIT
     end = time.monotonic() + limit
     for i, completion in enumerate(completions):
         left = end - time.monotonic()
         if left <= 0:
-            return "; there was no time to ask about each completion alone"
+            return " (there was no time to find the completion that does it)"
         own = {k: [v[i]] if isinstance(v, list) and len(v) == len(completions) else v for k, v in columns.items()}
         try:
-            ask(function, prompts[i : i + 1], [completion], own, left if seconds > 0 else 0)
+            call_reward(function, prompts[i : i + 1], [completion], own, left if seconds > 0 else 0)
         except Failed as again:
             if again.kind == kind and (kind != "time" or left > limit / 2):
-                return f"; so it does for the completion {completion[:200]!r} alone"
-    return "; for none of the completions alone does it do so"
+                return f" (the completion {completion[:200]!r} does it, also alone)"
+    return " (no completion does it alone)"
 
 
 def score(
@@ -282,7 +282,7 @@ def score(
     by_name = {}
     for name, function in rewards.items():
         try:
-            values = ask(function, prompts, completions, columns, seconds)
+            values = call_reward(function, prompts, completions, columns, seconds)
         except Failed as failure:
             who = culprit(function, prompts, completions, columns, seconds, failure.kind)
             raise UserError(f"The reward {name} {failure}{who}.") from failure.__cause__

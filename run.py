@@ -1,10 +1,10 @@
 """Ask the trained model and the model it came from the same question, side by side.
 
+    python run.py                                    three questions of the test set, with their references
     python run.py --model runs/NAME --question "Tom has 5 apples. ..."
-    python run.py --model runs/NAME                  three questions of the test set, with their references
 
---model is a run folder or a checkpoint; the base is the model that the run started from, unless --base names another.
-Answers are greedy.
+--model is a run folder or a checkpoint; without it, it is the newest run in runs/. The base is the model that the run
+started from, unless --base names another. Answers are greedy.
 """
 
 import shutil

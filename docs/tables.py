@@ -24,7 +24,7 @@ FILES = [
     "evaluate", "monitor", "alarms", "preflight", "checkpoint", "run", "sft", "errors",
 ]  # fmt: skip
 
-PAGES = ("README.md", "docs/objectives.md", "docs/reliability.md")
+PAGES = ("README.md", "docs/knobs.md", "docs/objectives.md", "docs/reliability.md")
 
 
 def shown(value: Any) -> str:
@@ -45,11 +45,19 @@ def files() -> str:
     return "\n".join(lines)
 
 
-def knobs() -> str:
-    """Each knob with its meaning, its default and, where it differs, its value in the preset tiny."""
+FIRST = (
+    "preset", "steps", "model", "dataset", "rollouts_per_step", "group_size", "max_new_tokens", "reward", "objective",
+    "kl_weight", "train_batch_size", "lr",
+)  # fmt: skip
+
+
+def knobs(chosen: tuple[str, ...] = ()) -> str:
+    """Each knob (of the chosen) with its meaning, its default and, where it differs, its value in the preset tiny."""
     lines = ["| knob | meaning (source) | default, preset `gsm8k` | preset `tiny` |", "|---|---|---|---|"]
     defaults, tiny = Config(), PRESETS["tiny"]
     for field in fields(Config):
+        if chosen and field.name not in chosen:
+            continue
         other = shown(tiny[field.name]) if field.name in tiny else ""
         default = "auto" if field.name == "micro_batch_size" else shown(getattr(defaults, field.name))
         lines.append(f"| `--{field.name}` | {field.metadata['help']} | {default} | {other} |")
@@ -100,8 +108,8 @@ def measured(family: str) -> str:
 def filled(text: str) -> str:
     """`text` with every table that this file makes put in its place."""
     tables = {
-        "files": files, "knobs": knobs, "methods": methods, "recipes": lambda: measured("Recipes"),
-        "ablations": lambda: measured("Ablations"), "alarms": alarms,
+        "files": files, "knobs": knobs, "first knobs": lambda: knobs(FIRST), "methods": methods, "alarms": alarms,
+        "recipes": lambda: measured("Recipes"), "ablations": lambda: measured("Ablations"),
     }  # fmt: skip
     for name, make in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)

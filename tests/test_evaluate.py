@@ -1,5 +1,7 @@
 """evaluate.py, and the commands beside training: evaluate, run, sft."""
 
+import os
+
 import pytest
 import torch
 from conftest import metrics
@@ -86,3 +88,16 @@ def test_sft_teaches_the_datasets_own_solutions(tmp_path, capsys):
         log_probs, *_ = sft.Policy(load_model(name, "fp32"), 1.0)(batch)
         losses.append(-float(log_probs.detach()[batch.action_mask].mean()))
     assert losses[1] < 0.8 * losses[0], losses
+
+
+def test_without_a_model_the_newest_run_is_looked_at(tiny_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    for name in ("old", "new"):
+        tiny_run(f"runs/{name}", "--steps=1", "--eval_interval=0")
+    (tmp_path / "runs" / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["--eval_questions=3"])
+    assert "--model runs/new, the newest run" in capsys.readouterr().out
+    os.utime(tmp_path / "runs" / "old")
+    run.main(["--question", "Tom has 5 apples."])
+    assert "--model runs/old, the newest run" in capsys.readouterr().out

@@ -143,3 +143,39 @@ def test_the_second_ctrl_c_stops_at_once(tiny_run, tmp_path, monkeypatch, capsys
     assert caught.value.code == 130 and "once more stops at once" in capsys.readouterr().out
     assert not checkpoint.checkpoints(tmp_path / "stopped") and not (tmp_path / "stopped" / "metrics.jsonl").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "what was there before is there again"
+
+
+def test_a_reward_that_fails_costs_no_step(tiny_run, tmp_path, capsys):
+    """It fails in step 4, once; the steps that were done are saved, and the run goes on as if nothing had been."""
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\n"
+        "def short(prompts, completions, **columns):\n"
+        "    calls = Path(__file__).with_name('calls')\n"
+        "    calls.write_text(calls.read_text() + '.' if calls.exists() else '.')\n"
+        "    if len(calls.read_text()) == 4:\n"
+        "        raise OSError('the judge does not answer')\n"
+        "    return [-len(c) / 50 for c in completions]\n"
+    )
+    flags = [f"--reward={tmp_path}/mine.py:short", "--checkpoint_interval=100", "--steps=6", "--eval_interval=4"]
+    with pytest.raises(SystemExit):
+        tiny_run("failed", *flags)
+    said, failed = capsys.readouterr().err, tmp_path / "failed"
+    assert "the judge does not answer" in said and f"go on with --resume {failed}." in said
+    assert [p.name for p in checkpoint.checkpoints(failed)] == ["checkpoint-3"]
+    tiny_run("failed", f"--resume={failed}")
+    (tmp_path / "calls").write_text("." * 10)
+    whole = tiny_run("whole", *flags)
+    assert metrics(failed) == metrics(whole) and same_checkpoint(failed, whole, "checkpoint-6")
+
+
+def test_a_failure_does_not_save_a_checkpoint_twice(tiny_run, tmp_path, monkeypatch):
+    """Where the last step was saved already, and where there is none; nor where the user wants no checkpoints."""
+    saved, real = [], train.save
+    monkeypatch.setattr(train, "save", lambda t, run_dir, step: (saved.append(step), real(t, run_dir, step)))
+    (tmp_path / "mine.py").write_text("def bad(prompts, completions, **columns):\n    return [1 / 0]\n")
+    flags = [f"--reward={tmp_path}/mine.py:bad"]
+    folder = tiny_run("a", "--steps=2")
+    for argv in ([f"--resume={folder}", "--steps=4", *flags], ["--checkpoint_interval=0", *flags]):
+        with pytest.raises(SystemExit):
+            tiny_run("a" if argv[0].startswith("--resume") else "b", *argv)
+    assert saved == [2]

@@ -159,13 +159,13 @@ def broken(tmp_path, body):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 1 / 0", "failed: ZeroDivisionError.*line 2.*; so it does for the completion 'first' alone.$"),
-        ("return [1 / (c != 'second') for c in completions]", "ZeroDivisionError.*so it does for .* 'second' alone"),
-        ("return [{'red': 1}[c] for c in colour]", "KeyError: 'blue'.*so it does for the completion 'second' alone"),
-        ("return [1 / (len(completions) - 2)] * len(completions)", "for none of the completions alone does it do so"),
-        ("raise SystemExit(3)", "failed: SystemExit: 3 .*'first' alone"),
-        ("return [1.0 for c in completions if c != 'second']", "returned 1 values; it must return a list of 2 numbers; so it does for the completion 'second'"),
-        ("return 3", "returned int; it must return a list of 2 numbers; so it does"),
+        ("return 1 / 0", "failed: ZeroDivisionError.*line 2.* \\(the completion 'first' does it, also alone\\).$"),
+        ("return [1 / (c != 'second') for c in completions]", "ZeroDivisionError.*the completion 'second' does it, also alone"),
+        ("return [{'red': 1}[c] for c in colour]", "KeyError: 'blue'.*the completion 'second' does it, also alone"),
+        ("return [1 / (len(completions) - 2)] * len(completions)", "no completion does it alone"),
+        ("raise SystemExit(3)", "failed: SystemExit: 3 .*'first' does it"),
+        ("return [1.0 for c in completions if c != 'second']", "returned 1 value; it must return a list of 2 numbers .the completion 'second' does it"),
+        ("return 3", "returned int; it must return a list of 2 numbers .the completion 'first' does it"),
         ("import torch; return torch.tensor(1.0)", "returned Tensor"),
         ("return (1.0 for c in completions)", "returned generator"),
         ("return [float('nan'), 1]", "returned nan for the completion 'first'"),
@@ -200,7 +200,7 @@ def test_a_reward_that_hangs_is_named(tmp_path, body):
     """Within twice the limit (once for all, once to find the completion), and the handler and timer are put back."""
     rewards = broken(tmp_path, f"{body}\n    return [1.0] * len(completions)")
     handler, start = signal.getsignal(signal.SIGALRM), time.monotonic()
-    words = "took longer than the limit of 0.5 seconds; so it does for the completion 'second' alone"
+    words = "took longer than the limit of 0.5 seconds .the completion 'second' does it, also alone"
     with pytest.raises(UserError, match=words):
         score(rewards, [1.0], ["", ""], ["first", "second"], {}, seconds=0.5)
     assert time.monotonic() - start < 20
@@ -216,7 +216,7 @@ def test_the_time_limit_leaves_others_alone(tmp_path):
     thread.start()
     thread.join()
     assert found == [[1.0]]
-    with pytest.raises(UserError, match="the limit of 0.01 seconds; the completion is 'x'.$"):
+    with pytest.raises(UserError, match="the limit of 0.01 seconds .the completion 'x'..$"):
         score(rewards, [1.0], [""], ["x"], {}, 0.01)
     with pytest.raises(KeyboardInterrupt):
         score(broken(tmp_path, "raise KeyboardInterrupt"), [1.0], [""], ["x"], {})
@@ -232,7 +232,7 @@ def test_the_time_limit_leaves_others_alone(tmp_path):
 
 def test_a_slow_reward_is_not_blamed_on_one_completion(tmp_path):
     rewards = broken(tmp_path, "import time; time.sleep(0.05 * len(completions)); return [1.0] * len(completions)")
-    with pytest.raises(UserError, match="no time to ask|for none of the completions alone"):
+    with pytest.raises(UserError, match="no time to find|no completion does it alone"):
         score(rewards, [1.0], [""] * 40, ["x"] * 40, {}, seconds=1.0)
 
 
