@@ -9,7 +9,7 @@ spread 80 %); the others are ours, and none of them sounds in the demo (`tests/t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, variance
+from statistics import fmean
 
 from loss import Objective
 
@@ -35,16 +35,18 @@ def mean_of(count: int, bad: Callable[[float], bool]) -> Callable[[list[float]],
 
 
 def has_fallen(values: list[float]) -> bool:
-    """The mean of 10 steps is a fifth below the best 10 before, and by more than their noise explains.
+    """The mean of 10 steps is a fifth below the best 5 before, and by more than their noise explains.
 
-    5 standard errors, because the best of many means is compared.
+    The noise is that of neighbouring steps, which a slow rise or a single fall hardly changes. 6 standard errors, since
+    the best of many means is compared, and since a policy that changes makes neighbours alike.
     """
     now, before = values[-10:], values[:-10]
-    if len(before) < 10:
+    if len(before) < 5:
         return False
-    best = max((before[i : i + 10] for i in range(len(before) - 9)), key=fmean)
-    fall = fmean(best) - fmean(now)
-    return fall > max(0.2 * abs(fmean(best)), 5 * math.sqrt((variance(best) + variance(now)) / 10))
+    best = max(fmean(before[i : i + 5]) for i in range(len(before) - 4))
+    noise = fmean((b - a) ** 2 / 2 for a, b in zip(values, values[1:], strict=False))
+    fall = best - fmean(now)
+    return fall > max(0.2 * abs(best), 6 * math.sqrt(noise * (1 / 5 + 1 / 10)))
 
 
 def has_collapsed(values: list[float]) -> bool:
@@ -58,9 +60,9 @@ def has_exploded(values: list[float]) -> bool:
 
 
 def has_jumped(values: list[float]) -> bool:
-    """Three values in a row are ten times the median of the 50 before them."""
-    before = values[-53:-3]
-    return len(before) >= 10 and min(values[-3:]) > 10 * median(before) > 0
+    """Three values in a row are ten times as large as nine in ten of the 50 before them."""
+    before = sorted(values[-53:-3])
+    return len(before) >= 10 and min(values[-3:]) > 10 * before[int(0.9 * len(before))] > 0
 
 
 ALARMS = {
@@ -89,7 +91,7 @@ ALARMS = {
         "model ever stops (a base model may need sft.py first).",
     ),
     "reward_falls": Alarm(
-        "rollout/returns", "mean of 10 steps a fifth below the best 10 before", has_fallen,
+        "rollout/returns", "mean of 10 steps a fifth below the best 5 before, beyond noise", has_fallen,
         "The reward has fallen by a fifth or more from its best: start again from an earlier checkpoint (--model "
         "runs/NAME/checkpoint-STEP) with a lower lr or a higher kl_weight.",
     ),
@@ -104,7 +106,7 @@ ALARMS = {
         "answer (lower its reward_weights); else lower lr or raise warmup_steps.",
     ),
     "gradient": Alarm(
-        "train/grad_norm", "3 steps above 10 times the median of 50 before", has_jumped,
+        "train/grad_norm", "3 steps above 10 times nine in ten of 50 before", has_jumped,
         "The gradient norm is ten times its usual: lower lr or max_norm, and look for extreme rewards.",
     ),
     "skipped": Alarm(

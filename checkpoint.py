@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ def save_checkpoint(run_dir: Path, state: TrainerState, model: nn.Module, tokeni
             f"Checkpoints that are there: {kept}."
         ) from error
     for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][: -config.keep_checkpoints]:
-        discard(old)
+        tolerantly(discard, old)
     return final
 
 
@@ -174,17 +175,33 @@ def sha256(file: Path) -> str:
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint; one that is deleted in part has no checkpoint's name any more."""
-    if folder.exists():
+    if os.path.lexists(folder):
         doomed = folder.with_name(f".{folder.name.lstrip('.')}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all that is in it, a file, or a link (and not what it points to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tolerantly(delete: Callable[[Path], None], path: Path) -> None:
+    """Delete if that can be done, and else say so: one folder too many is no reason to stop a run."""
+    try:
+        delete(path)
+    except OSError as error:
+        print(f"{path} cannot be deleted: {error.strerror}")
 
 
 def sweep(run_dir: Path) -> None:
     """Delete what a process that was killed has left of checkpoints that it was writing or deleting."""
     for leftover in run_dir.glob(f".{PREFIX}*"):
-        shutil.rmtree(leftover)
+        tolerantly(remove, leftover)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -7,6 +7,7 @@ not in GLOSSARY raises.
 import json
 import os
 import resource
+import sys
 import threading
 import time
 from collections import deque
@@ -130,6 +131,15 @@ def progress(items: Iterable, what: str, leave: bool = True) -> tqdm:
     return tqdm(items, desc=what, leave=leave, disable=None, dynamic_ncols=True)
 
 
+def tell(text: str) -> None:
+    """Print beside a progress bar. When nobody listens any more (`| head`, a terminal that is gone), a run goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Monitor:
     """Collects the metrics of a step and writes them out; watches them with the alarms that it is given."""
 
@@ -196,9 +206,9 @@ class Monitor:
         for name in new:
             self.text(f"alarm/{name}", f"step {step}: {self.alarms[name].advice}", step)
         self.writer.flush()
-        tqdm.write(console_line(step, steps, row))
+        tell(console_line(step, steps, row))
         for name in new:
-            tqdm.write(f"ALARM {name}: {self.alarms[name].advice}")
+            tell(f"ALARM {name}: {self.alarms[name].advice}")
         return row
 
     def watch(self, row: dict[str, float]) -> list[str]:
@@ -225,22 +235,26 @@ def not_of_the_disk(details: threading.ExceptHookArgs) -> None:
 
 def keep_before(file: Path, step: int) -> list[dict[str, float]]:
     """Drop the lines of metrics.jsonl from `step` on, and one that was not written to its end; returns the others."""
-    if not file.exists():
-        return []
     kept, rows = [], []
+    file.touch()
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
         try:
             row = json.loads(line)
-            if row["step"] >= step:
-                break
+            if row["step"] < step:
+                kept.append(line)
+                rows.append(row)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}, line {number} is not what was written; mend or remove that line.") from error
-        kept.append(line)
-        rows.append(row)
+    missing = max(0, step - 1) - sum(row["step"] > 0 for row in rows)
+    if missing:
+        print(f"{file} lacks {missing} of the {step - 1} steps that were done")
     fresh = file.with_suffix(".partial")
-    fresh.write_bytes(b"".join(kept))
+    with fresh.open("wb") as out:
+        out.write(b"".join(kept))
+        out.flush()
+        os.fsync(out.fileno())
     fresh.replace(file)
     return rows
 
@@ -250,12 +264,15 @@ def keep_events_before(file: Path, step: int) -> None:
 
     The new file's purge_step asks its readers for that; not all of them do it for steps that are not written again.
     """
-    fresh = file.with_name(f".{file.name}.partial")
+    fresh, read = file.with_name(f".{file.name}.partial"), 0
     with fresh.open("wb") as out:
         writer = RecordWriter(out)
         for data in RawEventFileLoader(str(file)).Load():
+            read += len(data) + 16  # its length and two checksums
             if Event.FromString(data).step < step:
                 writer.write(data)
+    if file.stat().st_size - read > 100_000:  # more than a record that a killed process did not finish
+        print(f"{file}: only the first {read} bytes can be read, and are kept; metrics.jsonl has all metrics")
     fresh.replace(file)
 
 

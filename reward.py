@@ -14,6 +14,7 @@ import copy
 import importlib.util
 import inspect
 import math
+import os
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ RewardFunction = Callable[..., list[float | None]]
 
 OVERLONG_SHARE = 0.2
 TIME_LIMIT = 60.0  # seconds that one call of a reward function may take
-LARGEST_REWARD = torch.finfo(torch.float32).max
+LARGEST_REWARD = 1e9  # above that a float32 has no room for sums and squares of it
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -127,7 +128,8 @@ def load_function(path: Path, name: str) -> RewardFunction:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
-        spec.loader.exec_module(module)
+        with undisturbed():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{path} cannot be run: {describe(error)}.") from error
     functions = dict(inspect.getmembers(module, callable))
@@ -151,6 +153,18 @@ def check_signature(function: RewardFunction, name: str) -> None:
         ) from error
     if inspect.iscoroutinefunction(function):
         raise UserError(f"The reward {name} is asynchronous; write it with def, not async def.")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around somebody else's code: what it does to the working folder and to torch's modes ends with it."""
+    folder, dtype, grad = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
 
 
 def describe(error: BaseException) -> str:
@@ -222,7 +236,7 @@ def call_reward(
     # Copies: what a function does to its arguments must not reach the next one, or the tokens that are trained.
     given = {"prompts": list(prompts), "completions": list(completions), **copy.deepcopy(columns)}
     try:
-        with time_limit(seconds):
+        with undisturbed(), time_limit(seconds):
             values = function(**given)
     except TimeUp:
         raise Failed(f"took longer than the limit of {seconds:g} seconds", "time") from None
@@ -305,7 +319,7 @@ def checked(values: Any, name: str, completions: list[str]) -> Tensor:
         if abs(number) > LARGEST_REWARD or (math.isnan(number) and value is not None):
             raise UserError(
                 f"The reward {name} returned {shown(value)} for the completion {completion[:200]!r}; it must return a "
-                "finite number, or None where it cannot score."
+                "number between -1e9 and 1e9, or None where it cannot score."
             )
         numbers.append(number)
     return torch.tensor(numbers, dtype=torch.float32)

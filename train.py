@@ -41,7 +41,7 @@ from model import (
     load_model,
     load_tokenizer,
 )
-from monitor import Monitor, completion_page, describe_run, progress
+from monitor import Monitor, completion_page, describe_run, progress, tell
 from preflight import check_model, check_sampler
 from replay_buffer import Experience, ReplayBuffer, batches, neighbours, pad_batch
 from rollout import Completion, Sampling, rollout
@@ -122,9 +122,10 @@ def train(t: Trainer, run_dir: Path) -> None:
             if due(config.eval_interval, step, last):
                 evaluation(t)
             t.monitor.flush(step, config.steps)
-            if due(config.checkpoint_interval, step, last or interrupted() or t.stuck):
+            stop = interrupted() or t.stuck
+            if due(config.checkpoint_interval, step, last or stop):
                 save(t, run_dir, step)
-            if interrupted() or t.stuck:
+            if stop:
                 break
     if t.stuck:
         raise UserError(give_up(t, run_dir, step))
@@ -303,9 +304,7 @@ def fitting(t: Trainer, work: Callable[[int], Any]) -> Any:
                 ) from error
         t.micro_batch_size = (t.micro_batch_size + 1) // 2
         torch.cuda.empty_cache()
-        print(
-            f"the GPU's memory is full: micro-batches of {t.micro_batch_size} from here on; the numbers stay the same"
-        )
+        tell(f"the GPU's memory is full: micro-batches of {t.micro_batch_size} from here on; the numbers stay the same")
 
 
 def learn(t: Trainer, replay_buffer: ReplayBuffer, step: int, generator: torch.Generator) -> None:
@@ -426,9 +425,9 @@ def show_samples(t: Trainer, group: Group, advantages: Tensor, step: int) -> Non
 def say_goodbye(run_dir: Path, step: int) -> None:
     """What there is to look at, and how to go on."""
     saved = [p.name for p in checkpoint.checkpoints(run_dir)]
-    print(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
+    tell(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
     if saved:
-        print(f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} --steps {2 * step}")
+        tell(f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} --steps {2 * step}")
 
 
 def quiet_progress(what: str) -> Callable:
@@ -444,13 +443,15 @@ def seed_step(seed: int, step: int) -> torch.Generator:
 
 
 class Interruption:
-    """Ctrl-C or a polite kill: finish the step, save, stop. A second one stops at once."""
+    """Ctrl-C, a polite kill, or a terminal that goes away: finish the step, save, stop. A second one stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.came = False
 
     def __enter__(self) -> Callable[[], bool]:
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.handle) for s in self.SIGNALS}
         return lambda: self.came
 
     def handle(self, number: int, frame: Any) -> None:
@@ -458,7 +459,7 @@ class Interruption:
         if self.came:
             raise KeyboardInterrupt
         self.came = True
-        print("\nstopping: this step is finished first; once more stops at once", flush=True)
+        tell("\nstopping: this step is finished first; once more stops at once")
 
     def __exit__(self, *details: Any) -> None:
         for number, handler in self.before.items():
@@ -538,14 +539,11 @@ def main(argv: list[str]) -> None:
     trainer = build(config, resume)
     if trainer.start_step >= config.steps:
         raise UserError(f"The run is already at step {trainer.start_step} of {config.steps}; raise --steps to go on.")
-    if resume:
-        run_dir = Path(resume)
-        checkpoint.sweep(run_dir)
-    else:
-        run_dir, held = checkpoint.new_run_dir(config)
+    run_dir, held = (Path(resume), held) if resume else checkpoint.new_run_dir(config)
     place = f"from step {trainer.start_step} " if trainer.start_step else "from the start " if resume else ""
     print(f"training {place}in {run_dir} on {trainer.accelerator.device}; watch it: tensorboard --logdir {run_dir}")
     try:
+        checkpoint.sweep(run_dir)
         trainer.monitor.open(run_dir, trainer.start_step)
         if resume:  # new_run_dir has written that of a new run
             config.save(run_dir / "config.yaml")
@@ -553,7 +551,7 @@ def main(argv: list[str]) -> None:
         train(trainer, run_dir)
     except OSError as error:
         raise UserError(
-            f"Cannot write to {run_dir}: {error.strerror}. Put that right, then go on with --resume {run_dir}."
+            f"Cannot write to {run_dir}: {error.strerror or error}. Put that right, then go on with --resume {run_dir}."
         ) from error
     finally:
         trainer.monitor.close()

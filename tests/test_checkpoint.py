@@ -80,8 +80,9 @@ def test_what_is_damaged_is_named_and_the_one_before_offered(saved, tmp_path, ca
         f"remove it (rm -r {folder}) to go on from checkpoint-4."
     )
     if (folder / SUMS).exists():
-        with pytest.raises(UserError, match="is damaged"):
-            checkpoint.find_model(str(tmp_path))
+        for path in (tmp_path, folder):
+            with pytest.raises(UserError, match="is damaged"):
+                checkpoint.find_model(str(path))
     flip(tmp_path / "checkpoint-4" / "config.json")
     with pytest.raises(UserError, match="to go on from checkpoint-2"):
         checkpoint.load_state(folder, config)
@@ -165,10 +166,70 @@ def test_a_write_that_fails_anywhere_leaves_the_others(saved, tmp_path, monkeypa
     assert fatal > 10 and names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_everything_is_on_the_disk_before_it_has_its_name(saved, tmp_path, monkeypatch):
+    """Each file is synced before its hash is written, the hashes before the name, and the name at last."""
+    done = []
+    real_sync, real_rename, real_sha = checkpoint.sync, type(tmp_path).rename, checkpoint.sha256
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("sync", os.readlink(f"/proc/self/fd/{handle}"))))
+    monkeypatch.setattr(checkpoint, "sync", lambda path: real_sync(path))
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: (done.append(("hash", str(file))), real_sha(file))[1])
+    monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (done.append(("rename", str(a))), real_rename(a, b))[1])
+    final = saved(3)
+    partial = str(tmp_path / ".checkpoint-3.partial")
+    files = [f"{partial}/{p.name}" for p in final.iterdir() if p.name != SUMS]
+    assert len(files) >= 5
+    for file in files:
+        assert done.index(("sync", file)) < done.index(("hash", file))
+    last = [("sync", f"{partial}/{SUMS}"), ("sync", partial), ("rename", partial), ("sync", str(tmp_path))]
+    assert [step for step in done if step in last] == last and done[-4:] == last
+
+
+def test_a_checkpoint_that_is_deleted_in_part_has_no_name(saved, tmp_path, monkeypatch):
+    saved(1)
+
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "remove", lambda path: stopped(path) if path.exists() else None)
+    with pytest.raises(KeyboardInterrupt):
+        discard(tmp_path / "checkpoint-1")
+    assert names(tmp_path) == [] and (tmp_path / ".checkpoint-1.deleted").is_dir()
+
+
+def test_links_and_files_with_a_checkpoints_name(tiny_run, tmp_path):
+    """A checkpoint that was moved to a larger disk, and a file where the next one will be; the link's target stays."""
+    folder = tiny_run("a", "--steps=2", "--checkpoint_interval=1")
+    (folder / "checkpoint-1").rename(tmp_path / "elsewhere")
+    (folder / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    (folder / "checkpoint-3").write_text("hi")
+    (folder / ".checkpoint-9.deleted").symlink_to(tmp_path / "elsewhere")
+    tiny_run("a", f"--resume={folder}", "--steps=4", "--keep_checkpoints=2")
+    assert names(folder) == ["checkpoint-3", "checkpoint-4"] and damage(tmp_path / "elsewhere") is None
+    assert not list(folder.glob(".checkpoint*"))
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(saved, tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        saved(step)
+
+    def busy(path):
+        if path.name == ".checkpoint-1.deleted":
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint, "remove", busy)
+    saved(3, keep_checkpoints=1)
+    checkpoint.sweep(tmp_path)
+    assert capsys.readouterr().out.count("checkpoint-1 cannot be deleted: Device or resource busy") == 1
+    assert names(tmp_path)[-1] == "checkpoint-3"
+    (tmp_path / ".checkpoint-1.deleted").mkdir()
+    checkpoint.sweep(tmp_path)
+    assert ".checkpoint-1.deleted cannot be deleted" in capsys.readouterr().out
+
+
 def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, model):
     saved(2, keep_checkpoints=1)
     with torch.no_grad():
-        next(model.parameters())[0] = float("inf")
+        list(model.parameters())[-1][0] = float("inf")
     with pytest.raises(UserError, match="not finite, so it is not saved.*checkpoint-2.*lower --lr"):
         saved(4, keep_checkpoints=1)
     assert names(tmp_path) == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
@@ -200,6 +261,22 @@ def test_two_processes_that_begin_at_once(tmp_path, monkeypatch):
         checkpoint.new_run_dir(config)
     assert (tmp_path / "run" / "config.yaml").is_file()
     inner[0][1].release()
+
+
+def test_the_second_of_two_comes_when_the_first_is_done(tmp_path, monkeypatch):
+    """It waits between its look at the folder and its lock; meanwhile the other has run, and let go."""
+    config = Config(preset="tiny", run_dir=str(tmp_path / "run"))
+    real, inner = checkpoint.lock, []
+
+    def late(folder):
+        if not inner:
+            inner.append(None)
+            checkpoint.new_run_dir(config)[1].release()
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "lock", late)
+    with pytest.raises(UserError, match="is not empty"):
+        checkpoint.new_run_dir(config)
 
 
 def test_a_new_run_that_cannot_write_leaves_no_folder(tmp_path, monkeypatch):

@@ -2,10 +2,13 @@
 
 import os
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+from conftest import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alarms import ALARMS, LONGEST
@@ -90,3 +93,29 @@ def test_a_log_of_many_steps_keeps_few_in_memory(tmp_path):
     assert len(monitor.rows) == LONGEST and not monitor.sums
     grown = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
     assert max(grown) - min(grown) <= 30, "each step adds a line of the same length, but for its numbers"
+
+
+def test_metrics_that_were_tampered_with(tmp_path, capsys):
+    """Lines out of order lose nothing; steps that are not there are said."""
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 7, 2, 4)))
+    monitor = Monitor()
+    monitor.open(tmp_path, 4)
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 4]
+    assert "lacks 1 of the 4 steps that were done" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").unlink()
+    Monitor().open(tmp_path, 4)
+    assert "lacks 4 of the 4 steps" in capsys.readouterr().out
+    (tmp_path / "new").mkdir()
+    Monitor().open(tmp_path / "new")
+    assert "lacks" not in capsys.readouterr().out
+
+
+def test_a_run_goes_on_when_nobody_listens(tmp_path):
+    """`python train.py | head`: the pipe is closed after the first step, and the training is not."""
+    flags = "--preset tiny --device cpu --steps 9 --rollouts_per_step 2 --group_size 2 --train_batch_size 4 --max_new_tokens 4"
+    command = (
+        f"{sys.executable} train.py {flags} --eval_interval 0 --run_dir {tmp_path}/run 2>{tmp_path}/errors | head -6"
+    )
+    subprocess.run(["sh", "-c", command], cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "run" / "checkpoint-9").is_dir(), (tmp_path / "errors").read_text()
+    assert "Traceback" not in (tmp_path / "errors").read_text()

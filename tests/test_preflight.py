@@ -123,3 +123,66 @@ def test_a_broken_model_file_is_said_at_the_start(tmp_path, tokenizer, capsys):
     with pytest.raises(SystemExit):
         train.main(["--preset=tiny", "--device=cpu", f"--model={tmp_path}/model", f"--run_dir={tmp_path}/run"])
     assert "computes NaN: its weights are damaged" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+class Wrong(nn.Module):
+    """A trainer whose log-probabilities are off by `error(batch)`."""
+
+    def __init__(self, model, error):
+        super().__init__()
+        self.policy, self.error = Policy(model, 1.0), error
+
+    def forward(self, batch):
+        log_probs, *others = self.policy(batch)
+        return (log_probs + self.error(batch, log_probs), *others)
+
+
+def alternating(batch, log_probs):
+    """A mistake whose mean is 0."""
+    return 0.1 * (-1.0) ** torch.arange(log_probs.shape[1])
+
+
+MISTAKES = {
+    "only together": lambda batch, log_probs: 0.1 * (len(batch.sequences) > 1),
+    "only alone": lambda batch, log_probs: 0.1 * (len(batch.sequences) == 1),
+    "up and down": alternating,
+    "not a number": lambda batch, log_probs: float("nan"),
+    "only late tokens": lambda batch, log_probs: 0.1 * (torch.arange(log_probs.shape[1]) >= 4),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_that_are_easily_overlooked(tokenizer, questions, mistake):
+    model = load_model("tiny/model", "fp32")
+    torch.manual_seed(0)
+    config = Config(preset="tiny", precision="fp32")
+    with pytest.raises(UserError, match="sampled from otherwise"):
+        check_sampler(model, Wrong(model, MISTAKES[mistake]), tokenizer, questions, config)
+
+
+@pytest.mark.parametrize(("precision", "temperature", "fine", "bad"), [
+    ("fp32", 1.0, 9e-4, 1.1e-3), ("fp32", 0.1, 9e-3, 1.1e-2), ("fp32", 2.0, 9e-4, 1.1e-3), ("bf16", 1.0, 0.29, 0.31),
+    ("bf16-pure", 1.0, 0.29, 0.31),
+])  # fmt: skip
+def test_the_tolerance(tokenizer, questions, precision, temperature, fine, bad):
+    """Per precision, and wider where the temperature spreads the logits."""
+    model = load_model("tiny/model", "fp32")
+    for gap in (fine, bad):
+        torch.manual_seed(0)
+        config = Config(preset="tiny", precision=precision, temperature=temperature)
+        trainer = Wrong(model, lambda batch, log_probs, gap=gap: gap)
+        trainer.policy.temperature = temperature
+        if gap == fine:
+            check_sampler(model, trainer, tokenizer, questions, config)
+        else:
+            with pytest.raises(UserError, match="sampled from otherwise"):
+                check_sampler(model, trainer, tokenizer, questions, config)
+
+
+def test_what_is_tried_is_what_will_sample(tmp_path, monkeypatch):
+    """In bf16 that is the twin."""
+    seen = []
+    monkeypatch.setattr(train, "check_sampler", lambda model, *others: seen.append(model))
+    config = train.parse_config(["--preset=tiny", "--device=cpu", "--precision=bf16", f"--run_dir={tmp_path}/run"])[0]
+    t = train.build(config, None)
+    assert t.twin is not None and seen == [t.twin]

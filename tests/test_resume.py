@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import checkpoint
 import train
@@ -89,6 +90,10 @@ def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
     for tag in tags:
         shown = [(e.step, e.value) for e in log.Scalars(tag)]
         assert shown == [(row["step"], pytest.approx(row[tag])) for row in rows if tag in row], tag
+    starts = [
+        e for f in sorted(killed.glob("events.*")) for e in EventFileLoader(str(f)).Load() if e.HasField("session_log")
+    ]
+    assert [e.step for e in starts][-1] == 5, "and a reader that is looking on is told from where on to forget"
     pages = [e.step for e in log.Tensors("samples/completion_1/text_summary")]
     assert pages == list(range(1, 7))
 
@@ -115,7 +120,7 @@ def kill_in_step(monkeypatch, number, step=1):
     return lambda: monkeypatch.setattr(train, "compare", real)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_polite_kill_saves_first_and_loses_nothing(tiny_run, monkeypatch, number):
     """The signal comes in step 3 of 4; the step is finished and saved, and the resumed run equals the whole one."""
     whole = tiny_run("whole", "--checkpoint_interval=100")
@@ -141,8 +146,10 @@ def test_the_second_ctrl_c_stops_at_once(tiny_run, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as caught:
         tiny_run("stopped", "--eval_interval=0")
     assert caught.value.code == 130 and "once more stops at once" in capsys.readouterr().out
-    assert not checkpoint.checkpoints(tmp_path / "stopped") and not (tmp_path / "stopped" / "metrics.jsonl").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "what was there before is there again"
+    assert not checkpoint.checkpoints(tmp_path / "stopped") and not metrics(tmp_path / "stopped")
+    before = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL)
+    found = tuple(signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    assert found == before, "what was there before is there again"
 
 
 def test_a_reward_that_fails_costs_no_step(tiny_run, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """reward.py: nothing for answers that only look right; nothing that is written, by a model or by you, stops it silently."""
 
+import contextlib
 import math
+import os
 import signal
 import statistics
 import threading
@@ -173,7 +175,7 @@ def broken(tmp_path, body):
         ("return [1e39, 1]", "returned 1e\\+39 for the completion 'first'"),
         ("return [10**400, 1]", "returned 1000"),
         ("return [10**5000, 1]", "returned a value of the kind int for the completion 'first'"),
-        ("import torch; return [torch.ones(2), 1]", "for the completion 'first'; it must return a finite number"),
+        ("import torch; return [torch.ones(2), 1]", "for the completion 'first'; it must return a number between -1e9 and 1e9"),
         ("completions.clear(); return []", "returned 0 values; it must return a list of 2"),
         ("return ['1', 1]", "returned '1' for the completion 'first'"),
         ("raise type('Odd', (Exception,), {'__str__': lambda self: 1 / 0})", "failed: Odd: a value of the kind Odd"),
@@ -326,3 +328,19 @@ def test_time_is_linear(name):
         function = FUNCTIONS[name]
         small, large = per_kilobyte(function, unit, 16_000, 3), per_kilobyte(function, unit, 4_096_000, 1)
         assert large <= max(16 * small, 50), (unit, small, large)
+
+
+def test_what_a_reward_does_to_the_process_ends_with_it(tmp_path, monkeypatch):
+    """Working folder and torch's modes; also where it raises, and while its file is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import os, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n"
+        "def wild(prompts, completions, **columns):\n"
+        "    os.chdir('/'); torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64)\n"
+        "    return [1.0 / (completions[0] != 'bad')]\n"
+    )
+    for completion in ("good", "bad"):
+        rewards = load_rewards([f"{tmp_path}/mine.py:wild"])
+        with contextlib.suppress(UserError):
+            score(rewards, [1.0], [""], [completion], {})
+        assert os.getcwd() == str(tmp_path) and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32

@@ -173,7 +173,7 @@ def test_checkpoints_are_hugging_face_folders(tiny_run):
     assert not list(folder.glob(".checkpoint*")), "nothing half-written stays"
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "nan", "inf"])
 def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     """Fault 20: with a finite loss and a NaN gradient, clipping spreads the NaN into every weight."""
     t = build(tmp_path, "--train_batch_size=12", "--micro_batch_size=12", "--entropy_weight=0.1", "--entropy_target=9")
@@ -184,7 +184,7 @@ def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
         for i, e in enumerate(buffer.items):
             buffer.items[i] = train.replace(e, advantages=torch.tensor(float("inf")))
     else:
-        next(t.model.parameters()).register_hook(lambda g: g * float("nan"))
+        next(t.model.parameters()).register_hook(lambda g: g * float(where))
     train.learn(t, buffer, 1, torch.Generator().manual_seed(0))
     assert all(torch.equal(p, q) for p, q in zip(before, t.model.parameters(), strict=True))
     assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
@@ -194,7 +194,7 @@ def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
 
 
 def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(tiny_run, tmp_path, monkeypatch, capsys):
-    """From step 2 on no gradient is finite: the third skipped optimizer step in a row is in step 3, with two a step."""
+    """From step 2 on no gradient is finite: the fourth skipped optimizer step in a row is in step 3, with two a step."""
     real, steps = train.gradients, []
 
     def broken(t, pairs, size):
@@ -206,7 +206,7 @@ def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(tiny_run, tmp_path
     with pytest.raises(SystemExit) as caught:
         tiny_run(
             "a",
-            "--max_skipped_steps=3",
+            "--max_skipped_steps=4",
             "--steps=9",
             "--eval_interval=0",
             "--checkpoint_interval=100",
