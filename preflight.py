@@ -109,14 +109,11 @@ def check_sampler(
     chosen = [ranked[0], ranked[-1]]
     sampling = Sampling(min(TOKENS, config.max_new_tokens), config.temperature)
     groups = rollout(model, tokenizer, chosen, 2, sampling)
-    pairs = [
-        (Experience.of(q.prompt_ids, c.ids, 0.0, 0.0), c)
-        for q, group in zip(chosen, groups, strict=True)
-        for c in group
-    ]
-    drawn = torch.cat([torch.tensor(c.log_probs) for _, c in pairs])
+    completions = [(q, c) for q, group in zip(chosen, groups, strict=True) for c in group]
+    experiences = [Experience.of(q.prompt_ids, c.ids, 0.0, 0.0) for q, c in completions]
+    drawn = torch.cat([torch.tensor(c.log_probs) for _, c in completions])
     gaps = []
-    for batches in ([[e] for e, _ in pairs], [[e for e, _ in pairs]]):
+    for batches in ([[e] for e in experiences], [experiences]):
         found = []
         for items in batches:
             batch = pad_batch(items).to(model.device)
