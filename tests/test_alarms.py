@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alarms import ALARMS, LONGEST, QUIET, alarms_for, has_fallen, has_jumped, sounding
+from alarms import ALARMS, LONGEST, alarms_for, has_fallen, has_jumped, sounding
 from loss import OBJECTIVES
 from monitor import Monitor
 
@@ -148,7 +148,7 @@ def lines_of(monitor, values, start=1):
 def test_an_alarm_is_printed_when_it_begins_and_is_in_every_log(tmp_path, capsys):
     monitor = Monitor(ALARMS)
     monitor.open(tmp_path)
-    lines_of(monitor, [0.2] * 6 + [0.0] * (QUIET - 5) + [0.2] * 4 + [0.0] * (QUIET + 2) + [0.2] * 4)
+    lines_of(monitor, [0.2] * 6 + [0.0] * 15 + [0.2] * 4 + [0.0] * 25 + [0.2] * 4)
     monitor.close()
     out = capsys.readouterr().out
     assert out.count("ALARM kl: The policy is far from the reference") == 2, (
