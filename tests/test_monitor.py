@@ -119,3 +119,11 @@ def test_a_run_goes_on_when_nobody_listens(tmp_path):
     subprocess.run(["sh", "-c", command], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "run" / "checkpoint-9").is_dir(), (tmp_path / "errors").read_text()
     assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_can_be(tmp_path, monkeypatch):
+    monitor, synced = Monitor(), []
+    monitor.open(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monitor.flush(1, 1)
+    assert str(tmp_path / "metrics.jsonl") in synced
