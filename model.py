@@ -33,7 +33,7 @@ def build_accelerator(config: Config) -> Accelerator:
 
 def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer."""
-    if (name.startswith(("runs/", ".", "/", "~")) or name.count("/") > 1) and not Path(located(name)).exists():
+    if name.startswith(("runs/", ".", "/", "~")) and not Path(located(name)).exists():  # no name on the hub
         raise UserError(f"There is no folder {name}; give --model a folder that is there, or a hub name.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(located(name))
