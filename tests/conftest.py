@@ -41,10 +41,14 @@ def model(tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="session")
+FEW: list[Path] = []  # the folder below, for functions that are no fixtures
+
+
+@pytest.fixture(scope="session", autouse=True)
 def few_questions(tmp_path_factory):
     """A folder with 200 of the bundled training questions and 30 of the others: what a short run needs, read quickly."""
     folder = tmp_path_factory.mktemp("few")
+    FEW.append(folder)
     for split, count in (("train", 200), ("test", 30)):
         lines = (ROOT / "tiny" / "task" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")

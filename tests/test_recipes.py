@@ -57,7 +57,7 @@ def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flag
 
 
 def test_dynamic_sampling_replaces_the_groups_without_spread(tmp_path):
-    t = build(tmp_path, "--objective=dapo", "--rollouts_per_step=12", "--group_size=2")
+    t = build(tmp_path, "--objective=dapo", "--rollouts_per_step=12", "--group_size=2", "--dataset=tiny/task")
     train.seed_step(t.config.seed, 1)
     first = train.mark(t, train.ask(t, 12))
     kept = [i for i, g in enumerate(first) if not g.idle]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import metrics
+from conftest import FEW, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -15,7 +15,8 @@ from errors import UserError
 def build(tmp_path, *flags):
     config, others = parse_config([
         "--preset=tiny", "--device=cpu", "--rollouts_per_step=3", "--group_size=8", "--train_batch_size=24",
-        "--micro_batch_size=24", "--max_new_tokens=48", "--eval_interval=0", f"--run_dir={tmp_path}/run", *flags,
+        "--micro_batch_size=24", "--max_new_tokens=48", "--eval_interval=0", f"--dataset={FEW[0]}",
+        f"--run_dir={tmp_path}/run", *flags,
     ])  # fmt: skip
     t = train.build(config, others["resume"])
     tmp_path.mkdir(exist_ok=True)
