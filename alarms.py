@@ -34,6 +34,11 @@ def mean_of(count: int, bad: Callable[[float], bool]) -> Callable[[list[float]],
     return lambda values: len(values) >= count and bad(fmean(values[-count:]))
 
 
+def above(limit: float, count: int) -> tuple[str, Callable[[list[float]], bool]]:
+    """An alarm's condition, in words and as a function: the mean of the last `count` values is above `limit`."""
+    return f"mean of {count} steps above {limit}", mean_of(count, lambda x: x > limit)
+
+
 def has_fallen(values: list[float]) -> bool:
     """The mean of 10 steps is a fifth below the best 5 before, and by more than their noise explains.
 
@@ -67,11 +72,11 @@ def has_jumped(values: list[float]) -> bool:
 
 ALARMS = {
     "kl": Alarm(
-        "train/kl_divergence", "mean of 3 steps above 0.1", mean_of(3, lambda x: x > 0.1),
+        "train/kl_divergence", *above(0.1, 3),
         "The policy is far from the reference (KL above 0.1): raise kl_weight or lower lr.",
     ),
     "clipped": Alarm(
-        "train/clipped_share", "mean of 3 steps above 0.3", mean_of(3, lambda x: x > 0.3),
+        "train/clipped_share", *above(0.3, 3),
         "More than 30 % of the tokens are clipped and teach nothing: lower lr or epochs_per_step.",
     ),
     "ratio": Alarm(
@@ -80,13 +85,13 @@ ALARMS = {
         "train_batch_size.",
     ),
     "no_spread": Alarm(
-        "rollout/no_spread_share", "mean of 5 steps above 0.8", mean_of(5, lambda x: x > 0.8),
+        "rollout/no_spread_share", *above(0.8, 5),
         "More than 80 % of the groups have equal rewards and teach nothing. If most answers are wrong: easier "
         "questions, a warm start (sft.py) or a finer reward; if most are right: harder questions. In both cases a "
         "larger group_size, a higher temperature, or --dynamic_sampling 10.",
     ),
     "truncated": Alarm(
-        "rollout/truncated_share", "mean of 3 steps above 0.9", mean_of(3, lambda x: x > 0.9),
+        "rollout/truncated_share", *above(0.9, 3),
         "Nearly every completion is cut off before its end: raise max_new_tokens, or see in the samples whether the "
         "model ever stops (a base model may need sft.py first).",
     ),
@@ -115,11 +120,11 @@ ALARMS = {
         "--precision fp32.",
     ),
     "unscored": Alarm(
-        "rollout/unscored_share", "mean of 3 steps above 0.5", mean_of(3, lambda x: x > 0.5),
+        "rollout/unscored_share", *above(0.5, 3),
         "More than half of the scores are None: see whether the reward functions find what they look for.",
     ),
     "sampler": Alarm(
-        "train/sampler_gap", "mean of 3 steps above 0.3", mean_of(3, lambda x: x > 0.3),
+        "train/sampler_gap", *above(0.3, 3),
         "Sampler and trainer disagree about the sampled tokens: try --precision fp32, or --sampler_correction "
         "token_truncate.",
     ),
@@ -131,10 +136,12 @@ def alarms_for(objective: Objective, top_p: float) -> dict[str, Alarm]:
 
     A sequence's ratio has a clip so narrow that most are clipped by design (gspo, luspo); a nucleus is a known gap.
     """
-    without = {"clipped"} if objective.ratio_level != "token" else set()
-    return {
-        name: alarm for name, alarm in ALARMS.items() if name not in without | ({"sampler"} if top_p < 1 else set())
-    }
+    without = set()
+    if objective.ratio_level != "token":
+        without.add("clipped")
+    if top_p < 1:
+        without.add("sampler")
+    return {name: alarm for name, alarm in ALARMS.items() if name not in without}
 
 
 def sounding(alarms: dict[str, Alarm], rows: Rows) -> list[str]:

@@ -90,10 +90,14 @@ def find_model(folder: str) -> str:
     found = checkpoints(Path(folder))
     if not found and Path(folder, "config.yaml").is_file() and not Path(folder, "config.json").is_file():
         raise UserError(f"The run {folder} has no checkpoint; a model is in checkpoint-STEP, or (sft.py) in model.")
-    model = found[-1] if found else Path(folder)
-    if (model / SUMS).is_file():
-        verify(model)
-    return str(model) if found else folder
+    verify_model(found[-1] if found else Path(folder))
+    return str(found[-1]) if found else folder
+
+
+def verify_model(folder: Path) -> None:
+    """UserError if the folder of a model is a checkpoint of ours, and damaged."""
+    if (folder / SUMS).is_file():
+        verify(folder)
 
 
 @dataclass(frozen=True)

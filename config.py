@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from errors import UserError, choose
+from errors import UserError, choose, is_text
 from loss import NAMES, OBJECTIVES, Objective
 
 # The tutorial's prompt, in our words: what the rewards look for is what the model is asked for. No number in it, since
@@ -263,14 +263,16 @@ COLUMNS = {f.name for f in dataclasses.fields(Objective)}
 
 def check_text(text: str, where: str, path: bool = False) -> None:
     """UserError for text that cannot be written down and, of a `path`, for one that no file system would take."""
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if "\0" in text or not is_text(text):
         raise UserError(f"{where} is {text[:80]!r}, with a character that is not text; type it again, in UTF-8.")
-    if path and text and not text.strip():
+    if not path:
+        return
+    if text and not text.strip():
         raise UserError(f"{where} is {text!r}: a name of spaces only; write a name, or leave it out.")
-    if path and (len(text.encode()) > 4000 or max(len(part.encode()) for part in text.split("/")) > 255):
+    if len(text.encode()) > 4000 or max(len(part.encode()) for part in text.split("/")) > 255:
         raise UserError(f"{where} is {text[:80]!r}… and longer than a file name can be; write a shorter one.")
     try:
-        Path(text if path else "").expanduser()
+        Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{where} is {text!r}, but there is no such user; write the folder out.") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, is_text
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -116,7 +116,7 @@ def parse_row(row: Any, where: str) -> Question:
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: the column question is missing or empty, or is not text ({has}).")
     for name, text in row.items():
-        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+        if isinstance(text, str) and not is_text(text):
             raise UserError(f"{where}: the column {name} holds half a character (a lone surrogate); mend or remove it.")
     solution, marker, reference = (answer if isinstance(answer, str) else "").rpartition("####")
     if answer_only is not None:

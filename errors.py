@@ -24,6 +24,20 @@ def choose(name: str, options: Iterable[str], what: str) -> str:
     raise UserError(" ".join(filter(None, [f"There is no {what} {name!r};", guess, every])))
 
 
+def silence() -> None:
+    """From here on what is printed goes nowhere: whoever read it has gone, and each write would fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_text(text: str) -> bool:
+    """Whether text can be written as UTF-8: no half of a character (a lone surrogate) is in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a command's `main`: a UserError becomes its sentence and exit code 2, Ctrl-C a word and 130."""
 
@@ -38,7 +52,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             print("stopped", file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:  # `python run.py | head`: whoever read has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence()
             sys.exit(141)
 
     return wrapper

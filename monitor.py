@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from alarms import ALARMS, LONGEST, QUIET, Alarm, sounding
-from errors import UserError
+from errors import UserError, silence
 
 GLOSSARY = {
     "train/loss": "The loss. With the paper's mean over sequences and one optimizer step per rollout it is near 0 (plus"
@@ -137,7 +137,7 @@ def tell(text: str) -> None:
         tqdm.write(text)
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
 
 
 class Monitor:

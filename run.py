@@ -22,7 +22,7 @@ from preflight import check_model
 from rollout import Completion, Sampling, rollout
 
 
-def answers(name: str, questions: list[Question], config: Config) -> list[Completion]:
+def greedy_answers(name: str, questions: list[Question], config: Config) -> list[Completion]:
     """Greedy answers of the model `name`; the model is dropped afterwards, so two never share the memory."""
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(name)
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         questions = held_out_questions(config, load_tokenizer(config.model))[:3]
     names = [find_model(others["base"])] if others["base"] else []
     names.append(config.model)
-    columns = [answers(name, questions, config) for name in names]
+    columns = [greedy_answers(name, questions, config) for name in names]
     width = shutil.get_terminal_size((120, 24)).columns
     for question, *completions in zip(questions, *columns, strict=True):
         print("\n" + textwrap.fill(question.question, width) + "\n")

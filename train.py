@@ -23,10 +23,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-import answers
 import checkpoint
 import reward
 from alarms import alarms_for
+from answers import is_correct
 from config import Config, located, parse_config
 from data import Question, QuestionStream, load_questions, with_prompts
 from errors import UserError, command
@@ -172,7 +172,7 @@ def mark(t: Trainer, groups: list[Group]) -> list[Group]:
         t.monitor.add_spread(f"reward/{name}_mean", f"reward/{name}_std", values)
         t.monitor.add("rollout/unscored_share", values.isnan().sum(), len(values))
     for question, completion in pairs:
-        success = answers.is_correct(completion.text, question.reference)
+        success = is_correct(completion.text, question.reference)
         t.monitor.add("rollout/success_rate", success)
         t.monitor.add("rollout/tokens_right" if success else "rollout/tokens_wrong", len(completion.ids))
         if question.difficulty:
@@ -397,8 +397,9 @@ def keeping(t: Trainer, run_dir: Path, done: int) -> Iterator[None]:
         yield
     except UserError as error:
         t.questions.position = position
+        saved = [checkpoint.step_of(p) for p in checkpoint.checkpoints(run_dir)]
         with suppress(UserError):  # the first one is what to say
-            if done > t.start_step and due(t.config.checkpoint_interval, done, True):
+            if done and done not in saved and due(t.config.checkpoint_interval, done, True):
                 save(t, run_dir, done)
         if checkpoint.checkpoints(run_dir):
             raise UserError(f"{error} Put that right, then go on with --resume {run_dir}.") from error
@@ -451,7 +452,9 @@ class Interruption:
         self.came = False
 
     def __enter__(self) -> Callable[[], bool]:
-        self.before = {s: signal.signal(s, self.handle) for s in self.SIGNALS}
+        # Under nohup a terminal may go away and the run goes on.
+        heard = [s for s in self.SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self.before = {s: signal.signal(s, self.handle) for s in heard}
         return lambda: self.came
 
     def handle(self, number: int, frame: Any) -> None:
@@ -477,6 +480,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     found = checkpoint.checkpoints(Path(resume)) if resume else []
     saved = found[-1] if found else None
     state = checkpoint.load_state(saved, config) if saved else None
+    checkpoint.verify_model(Path(located(config.model)))
 
     questions = load_questions(located(config.dataset), "train", config.dataset_config)
     tokenizer = load_tokenizer(config.model)

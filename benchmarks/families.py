@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from accelerate.state import AcceleratorState  # noqa: E402
+from kill_resume import metrics_of  # noqa: E402
 from roofline import machine, positive, versions  # noqa: E402
 
 import train  # noqa: E402
@@ -181,7 +182,7 @@ def run(work: Path, name: str, *flags: str) -> None:
 
 def check_update(work: Path) -> None:
     """Rewards with a spread, finite losses, and weights that have moved."""
-    rows = metrics(work / "whole")
+    rows = metrics_of(work / "whole")
     assert len(rows) == 2 and any(row["train/grad_norm"] > 0 for row in rows), "no gradient"
     assert not any(row["train/skipped_steps"] for row in rows), "a loss or a gradient that is not finite"
     before, after = (weights(work / place) for place in ("model", "whole/checkpoint-2"))
@@ -196,7 +197,7 @@ def check_resume(work: Path) -> None:
     shutil.rmtree(work / "killed" / "checkpoint-2")
     AcceleratorState._reset_state(reset_partial_state=True)
     train.main([f"--resume={work / 'killed'}"])
-    one, other = metrics(work / "whole"), metrics(work / "killed")
+    one, other = metrics_of(work / "whole"), metrics_of(work / "killed")
     assert one == other, f"resumed with other numbers: {set(one[-1].items()) ^ set(other[-1].items())}"
     one, other = (weights(work / name / "checkpoint-2") for name in ("whole", "killed"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), "resumed to other weights"
@@ -253,12 +254,6 @@ def largest_gap(what: str, found: list[Tensor], expected: list[Tensor]) -> float
     gap = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
     assert gap < TOLERANCE, f"{what} are off by {gap:.2g}"
     return gap
-
-
-def metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, without those that depend on the clock."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -245,8 +245,9 @@ def test_what_a_killed_process_left_is_swept(tiny_run):
     assert not list(folder.glob(".checkpoint*")) and names(folder)[-1] == "checkpoint-3"
 
 
-def test_two_processes_that_begin_at_once(tmp_path, monkeypatch):
-    """The second comes between the first one's look at the folder and its lock."""
+@pytest.mark.parametrize(("done", "words"), [(False, "in use by another process"), (True, "is not empty")])
+def test_two_processes_that_begin_at_once(tmp_path, monkeypatch, done, words):
+    """The second comes between the first one's look at the folder and its lock, and is still at work, or done."""
     config = Config(preset="tiny", run_dir=str(tmp_path / "run"))
     real, inner = checkpoint.lock, []
 
@@ -254,29 +255,24 @@ def test_two_processes_that_begin_at_once(tmp_path, monkeypatch):
         if not inner:
             inner.append(None)
             inner[0] = checkpoint.new_run_dir(config)
+            if done:
+                inner[0][1].release()
         return real(folder)
 
     monkeypatch.setattr(checkpoint, "lock", late)
-    with pytest.raises(UserError, match="in use by another process"):
+    with pytest.raises(UserError, match=words):
         checkpoint.new_run_dir(config)
     assert (tmp_path / "run" / "config.yaml").is_file()
     inner[0][1].release()
 
 
-def test_the_second_of_two_comes_when_the_first_is_done(tmp_path, monkeypatch):
-    """It waits between its look at the folder and its lock; meanwhile the other has run, and let go."""
-    config = Config(preset="tiny", run_dir=str(tmp_path / "run"))
-    real, inner = checkpoint.lock, []
-
-    def late(folder):
-        if not inner:
-            inner.append(None)
-            checkpoint.new_run_dir(config)[1].release()
-        return real(folder)
-
-    monkeypatch.setattr(checkpoint, "lock", late)
-    with pytest.raises(UserError, match="is not empty"):
-        checkpoint.new_run_dir(config)
+def test_a_damaged_checkpoint_as_the_model_of_another_run(tiny_run, tmp_path, capsys):
+    """What the alarm reward_falls advises: --model runs/NAME/checkpoint-STEP."""
+    folder = tiny_run("a", "--steps=2")
+    flip(folder / "checkpoint-2" / "model.safetensors")
+    with pytest.raises(SystemExit):
+        tiny_run("b", f"--model={folder}/checkpoint-2")
+    assert "model.safetensors is not what was written" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 def test_a_new_run_that_cannot_write_leaves_no_folder(tmp_path, monkeypatch):

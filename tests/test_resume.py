@@ -106,6 +106,16 @@ def test_killed_before_the_first_checkpoint(tiny_run):
     assert metrics(killed) == metrics(whole)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Whoever runs the tests may ignore some: nohup, or a shell that has put them in the background."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def kill_in_step(monkeypatch, number, step=1):
     """Have the process killed in the middle of a step."""
     real, calls = train.compare, []
@@ -186,3 +196,19 @@ def test_a_failure_does_not_save_a_checkpoint_twice(tiny_run, tmp_path, monkeypa
         with pytest.raises(SystemExit):
             tiny_run("a" if argv[0].startswith("--resume") else "b", *argv)
     assert saved == [2]
+    (tmp_path / "late.py").write_text(
+        "calls = []\ndef late(prompts, completions, **columns):\n"
+        "    calls.append(1)\n    return [1 / (len(calls) != 3) for _ in completions]\n"
+    )
+    with pytest.raises(SystemExit):  # in step 3, and step 2 was saved in this process
+        tiny_run("c", f"--reward={tmp_path}/late.py:late", "--steps=4")
+    assert saved == [2, 2]
+
+
+def test_under_nohup_a_lost_terminal_stops_nothing(tiny_run, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        kill_in_step(monkeypatch, signal.SIGHUP, step=2)
+        assert [row["step"] for row in metrics(tiny_run("a"))] == [0, 1, 2, 3, 4]
+    finally:
+        signal.signal(signal.SIGHUP, before)
