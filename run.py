@@ -28,11 +28,15 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
     tokenizer = load_tokenizer(name)
     prompted, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
     if len(prompted) < len(questions):
-        raise UserError(f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it.")
+        raise UserError(
+            f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it."
+        )
     model = load_model(name, config.sampling_precision)
     check_model(model, tokenizer, replace(config, model=name))
     model.to(accelerator.device)
-    sampling = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
+    sampling = Sampling(
+        config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size
+    )
     return [group[0] for group in rollout(model, tokenizer, prompted, 1, sampling)]
 
 
@@ -42,7 +46,9 @@ def describe(title: str, completion: Completion, reference: str) -> str:
     lines = [title, "", f"reasoning  {reasoning if reasoning is not None else '(no <think> tag)'}"]
     lines += [f"answer     {answer if answer is not None else '(no <answer> tag)'}"]
     if reference:
-        lines += [f"reward     {float(is_correct(completion.text, reference)):.0f} (reference {reference})"]
+        lines += [
+            f"reward     {float(is_correct(completion.text, reference)):.0f} (reference {reference})"
+        ]
     lines += [f"tokens     {len(completion.ids)}{', cut off' if completion.truncated else ''}"]
     if reasoning is None and answer is None:
         lines += ["", "said       " + completion.text]
@@ -53,7 +59,8 @@ def side_by_side(left: str, right: str, width: int) -> str:
     """Two texts in two columns that fill `width` characters."""
     column = max(20, (width - 3) // 2)
     wrapped = [
-        [piece for line in text.splitlines() for piece in textwrap.wrap(line, column) or [""]] for text in (left, right)
+        [piece for line in text.splitlines() for piece in textwrap.wrap(line, column) or [""]]
+        for text in (left, right)
     ]
     height = max(map(len, wrapped))
     rows = zip(*(w + [""] * (height - len(w)) for w in wrapped), strict=True)
@@ -69,7 +76,9 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     if others["question"] is not None:
         if not others["question"].strip():
-            raise UserError("--question is empty; write one, or leave it out for three questions of the test set.")
+            raise UserError(
+                "--question is empty; write one, or leave it out for three questions of the test set."
+            )
         questions = [Question(others["question"], "", "")]
     else:
         questions = held_out_questions(config, load_tokenizer(config.model))[:3]
@@ -79,7 +88,10 @@ def main(argv: list[str]) -> None:
     width = shutil.get_terminal_size((120, 24)).columns
     for question, *completions in zip(questions, *columns, strict=True):
         print("\n" + textwrap.fill(question.question, width) + "\n")
-        texts = [describe(name, c, question.reference) for name, c in zip(names, completions, strict=True)]
+        texts = [
+            describe(name, c, question.reference)
+            for name, c in zip(names, completions, strict=True)
+        ]
         print(texts[0] if len(texts) == 1 else side_by_side(*texts, width))
 
 

@@ -43,7 +43,9 @@ def target(question: Question) -> str:
 
 def example(question: Question, tokenizer: Any, max_new_tokens: int) -> Experience:
     """Prompt and target as tokens, the end token included unless the target is cut off."""
-    ids = tokenizer(target(question), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = tokenizer(target(question), add_special_tokens=False)["input_ids"] + [
+        tokenizer.eos_token_id
+    ]
     return Experience.of(question.prompt_ids, ids[:max_new_tokens], returns=0.0, advantage=0.0)
 
 
@@ -62,7 +64,10 @@ def fit(
         rise, fall = (step + 1) / max(1, config.warmup_steps), 1 - step / config.steps
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, rise) * fall
-        examples = [example(q, tokenizer, config.max_new_tokens) for q in stream.take(config.train_batch_size)]
+        examples = [
+            example(q, tokenizer, config.max_new_tokens)
+            for q in stream.take(config.train_batch_size)
+        ]
         weights = token_weights([e.num_actions for e in examples], "token-mean")
         total = 0.0
         size = config.micro_batch_size or 4  # auto would be all of them, and nothing here halves it
@@ -70,7 +75,9 @@ def fit(
             batch = pad_batch([e for e, _ in chosen]).to(accelerator.device)
             log_probs, *_ = policy(batch)
             per_sequence = torch.where(batch.action_mask, log_probs, 0.0).sum(-1)
-            loss = -(torch.stack([w for _, w in chosen]).to(accelerator.device) * per_sequence).sum()
+            loss = -(
+                torch.stack([w for _, w in chosen]).to(accelerator.device) * per_sequence
+            ).sum()
             accelerator.backward(loss)
             total += loss.item()
         accelerator.clip_grad_norm_(policy.parameters(), config.max_norm)
@@ -94,11 +101,17 @@ def main(argv: list[str]) -> None:
     model = load_model(config.model, config.precision, config.gradient_checkpointing)
     check_model(model, tokenizer, config)
     policy = Policy(model, temperature=1.0)
-    questions, dropped = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    questions, dropped = with_prompts(
+        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
+    )
     for question in questions:
         if not isinstance(target(question), str) or not target(question).strip():
-            raise UserError(f"The completion of {question.question[:60]!r} is empty or is not text; write it out.")
-    print(f"{len(questions)} examples; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens")
+            raise UserError(
+                f"The completion of {question.question[:60]!r} is empty or is not text; write it out."
+            )
+    print(
+        f"{len(questions)} examples; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens"
+    )
     folder, _held = new_run_dir(config)
     policy, optimizer = accelerator.prepare(policy, build_optimizer(policy, config))
     fit(policy, optimizer, accelerator, tokenizer, QuestionStream(questions, config.seed), config)

@@ -59,7 +59,10 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "group size 4": ("ablation", sampled(32, 4)),
     "group size 16": ("ablation", sampled(8, 16)),
     "4 epochs, clip 0.2": ("ablation", ["--epochs_per_step", "4"]),
-    "4 epochs, no clip": ("ablation", ["--epochs_per_step", "4", "--clip_eps", "1", "--clip_eps_high", "1e6"]),
+    "4 epochs, no clip": (
+        "ablation",
+        ["--epochs_per_step", "4", "--clip_eps", "1", "--clip_eps_high", "1e6"],
+    ),
     "4 epochs, no ratio": ("ablation", ["--epochs_per_step", "4", "--surrogate", "reinforce"]),
 }
 
@@ -82,7 +85,12 @@ def one_run(job: tuple[str, int]) -> dict:
             "rollout/tokens_wrong", "rollout/rounds", "train/clipped_share", "train/kl_divergence", "rollout/entropy",
             "train/grad_norm", "train/ratio_mean", "time/step")  # fmt: skip
     curve = [{k: round(v, 5) for k, v in row.items() if k in kept} for row in rows]
-    return {"name": name, "seed": seed, "seconds": round(time.perf_counter() - start, 1), "curve": curve}
+    return {
+        "name": name,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start, 1),
+        "curve": curve,
+    }
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -90,7 +98,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
     if len(values) < 2:
         return values[0], math.nan
-    return statistics.mean(values), quantile[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), quantile[len(values)] * statistics.stdev(values) / math.sqrt(
+        len(values)
+    )
 
 
 def late(runs: list[dict], metric: str) -> list[float]:
@@ -101,9 +111,13 @@ def late(runs: list[dict], metric: str) -> list[float]:
 
 def steps_to_target(runs: list[dict], metric: str) -> str:
     """Median over the seeds of the first step at TARGET, and its range."""
-    reached = [next((row["step"] for row in run["curve"] if row.get(metric, 0) >= TARGET), math.inf) for run in runs]
+    reached = [
+        next((row["step"] for row in run["curve"] if row.get(metric, 0) >= TARGET), math.inf)
+        for run in runs
+    ]
     median, low, high = (
-        "never" if v == math.inf else f"{v:.0f}" for v in (statistics.median(reached), min(reached), max(reached))
+        "never" if v == math.inf else f"{v:.0f}"
+        for v in (statistics.median(reached), min(reached), max(reached))
     )
     return median if low == high else f"{median} ({low}–{high})"
 
@@ -120,7 +134,9 @@ def summary(name: str, runs: dict[str, list[dict]]) -> str:
     paired = [final(run) - base[run["seed"]] for run in mine if run["seed"] in base]
     more, give = interval(paired) if paired else (math.nan, math.nan)
     mean_sampled, half_sampled = interval(late(mine, "rollout/success_rate"))
-    greedy, sampled = (steps_to_target(mine, metric) for metric in ("eval/accuracy", "rollout/success_rate"))
+    greedy, sampled = (
+        steps_to_target(mine, metric) for metric in ("eval/accuracy", "rollout/success_rate")
+    )
     right, wrong = (statistics.mean(late(mine, f"rollout/tokens_{w}")) for w in ("right", "wrong"))
     clipped = statistics.mean(late(mine, "train/clipped_share") or [math.nan])
     family, given = RUNS[name]
@@ -138,7 +154,9 @@ def report(log: Path, out: Path) -> None:
     for line in log.read_text().splitlines():
         run = json.loads(line)
         runs.setdefault(run["name"], []).append(run)
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    machine = (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    )
     columns = [
         "greedy at the end", "less base, by seed", "sampled, late", f"steps to {TARGET}, greedy",
         f"steps to {TARGET}, sampled", "tokens, right", "tokens, wrong", "clipped share",
@@ -150,8 +168,17 @@ def report(log: Path, out: Path) -> None:
     ]
     for family, title in (("recipe", "Recipes"), ("ablation", "Ablations, of GRPO without a KL")):
         head = ["recipe"] if family == "recipe" else ["", "flags"]
-        lines += [f"## {title}", "", f"| {' | '.join(head + columns)} |", "|" + "---|" * len(head + columns)]
-        lines += [summary(name, runs) for name, (kind, _) in RUNS.items() if kind == family and name in runs]
+        lines += [
+            f"## {title}",
+            "",
+            f"| {' | '.join(head + columns)} |",
+            "|" + "---|" * len(head + columns),
+        ]
+        lines += [
+            summary(name, runs)
+            for name, (kind, _) in RUNS.items()
+            if kind == family and name in runs
+        ]
         lines.append("")
     (out / "ablation.md").write_text("\n".join(lines), encoding="utf-8")
     picture(runs, out / "ablation.png")
@@ -165,12 +192,20 @@ def picture(runs: dict[str, list[dict]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     sampled, greedy, wrong = "rollout/success_rate", "eval/accuracy", "rollout/tokens_wrong"
-    words = {sampled: "accuracy, sampled", greedy: "accuracy, greedy", wrong: "tokens of wrong answers"}
+    words = {
+        sampled: "accuracy, sampled",
+        greedy: "accuracy, greedy",
+        wrong: "tokens of wrong answers",
+    }
     panels = [
         ("policy term", sampled, ["grpo", "gspo", "gmpo", "cispo", "sapo", "dppo"]),
         ("advantage", sampled, ["base", "without std", "batch std", "raw reward"]),
         ("KL weight", sampled, ["base", "KL 0.001", "KL 0.01", "KL 0.1"]),
-        ("group size, 128 sequences", sampled, ["group size 2", "group size 4", "base", "group size 16"]),
+        (
+            "group size, 128 sequences",
+            sampled,
+            ["group size 2", "group size 4", "base", "group size 16"],
+        ),
         (
             "stale data: one epoch (base) and four",
             greedy,
@@ -181,11 +216,20 @@ def picture(runs: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.6), constrained_layout=True)
     for ax, (title, metric, names) in zip(axes.flat, panels, strict=True):
         for i, name in enumerate(n for n in names if n in runs):
-            curves = [{r["step"]: r[metric] for r in run["curve"] if metric in r} for run in runs[name]]
+            curves = [
+                {r["step"]: r[metric] for r in run["curve"] if metric in r} for run in runs[name]
+            ]
             steps = sorted(set.intersection(*map(set, curves)))
             values = [[curve[s] for curve in curves] for s in steps]
             ax.plot(steps, [statistics.mean(v) for v in values], color=f"C{i}", lw=1.6, label=name)
-            ax.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.12, lw=0)
+            ax.fill_between(
+                steps,
+                list(map(min, values)),
+                list(map(max, values)),
+                color=f"C{i}",
+                alpha=0.12,
+                lw=0,
+            )
         ax.set(
             title=title,
             xlabel="step",
@@ -202,7 +246,9 @@ def picture(runs: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     """Run what is missing, two at a time, and report after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--out", type=Path, default=ROOT / "results")

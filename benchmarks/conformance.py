@@ -39,7 +39,13 @@ CACHE = Path.home() / ".cache" / "pocket-grpo" / "conformance"
 TORCH = "torch==2.13.0"  # alone and first, so that nothing else chooses another
 PEERS = ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0"]
 # What verl's losses import. All of its requirements would bring an inference engine and its own pins.
-VERL_NEEDS = ["tensordict==0.15.3", "ray==2.60.0", "omegaconf==2.3.1", "codetiming==1.4.0", "orjson==3.13.0"]
+VERL_NEEDS = [
+    "tensordict==0.15.3",
+    "ray==2.60.0",
+    "omegaconf==2.3.1",
+    "codetiming==1.4.0",
+    "orjson==3.13.0",
+]
 
 QUESTIONS, GROUP, LONGEST = 4, 4, 9
 SCALE = 16  # the constant of seq-mean-token-sum-norm, TRL's max_completion_length
@@ -97,7 +103,9 @@ class Draw:
     kl: tuple[float, float] = (0.0, 1.0)  # |log π − log π_ref|
     group: int = GROUP
     reward_scale: float = 1.0  # at 1e6 no guard of a standard deviation is felt
-    weight_scale: float = 1.0  # of the rewards' weights, the same for the second standard deviation of GDPO
+    weight_scale: float = (
+        1.0  # of the rewards' weights, the same for the second standard deviation of GDPO
+    )
     equal_rewards: bool = False  # and in float32, as in training
     unscored: bool = False  # some rewards are NaN
     masked_row: bool = False  # one completion without any token that counts
@@ -156,7 +164,10 @@ def draw_batch(draw: Draw, spread: tuple[float, float], seed: int) -> Batch:
         truncated[1:6] = True  # a whole group among them
     log_ratio = torch.zeros(n, LONGEST, dtype=torch.float64) if draw.on_policy else signed(spread)
     below = uniform(0.01, 2.0, n, LONGEST)
-    now, old = -below + log_ratio.clamp(max=0), -below - log_ratio.clamp(min=0)  # both are log-probabilities
+    now, old = (
+        -below + log_ratio.clamp(max=0),
+        -below - log_ratio.clamp(min=0),
+    )  # both are log-probabilities
     # float32 numbers: TRL keeps a sampler's log-probabilities, and verl GDPO's rewards, in float32
     sampler = (old - signed((0.0, 1.0))).float().double()
     rewards = uniform(0.0, 1.0, n, len(draw.weights)).float().double() * draw.reward_scale
@@ -216,7 +227,9 @@ def ours(case: Case, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     returns = returns.view(QUESTIONS, -1)
     advantages = pocket.group_advantages(returns, o, rewards, batch.draw.weights).flatten()
     policy_mask = None
-    if o.top_entropy < 1:  # the threshold is TRL's here; train.py's own keeps the round(share · tokens) highest
+    if (
+        o.top_entropy < 1
+    ):  # the threshold is TRL's here; train.py's own keeps the round(share · tokens) highest
         ranked = batch.entropies.detach()[batch.mask].float()
         policy_mask = batch.entropies.detach() >= torch.quantile(ranked, 1 - o.top_entropy)
     experience = Experience(
@@ -224,13 +237,17 @@ def ours(case: Case, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         advantages=advantages, action_log_probs=None if batch.draw.on_policy else batch.old, log_probs_ref=batch.ref,
         sampler_log_probs=batch.sampler if o.sampler_correction != "none" else None, policy_mask=policy_mask,
     )  # fmt: skip
-    kept = (~(batch.truncated & o.mask_truncated)).nonzero()[:, 0]  # train.py leaves the others out of the buffer
+    kept = (~(batch.truncated & o.mask_truncated)).nonzero()[
+        :, 0
+    ]  # train.py leaves the others out of the buffer
     weights = pocket.token_weights(batch.lengths[kept].tolist(), o.loss_agg_mode, SCALE)
     module = pocket.GRPOLoss(o)
     for _ in range(case.steps):
         total = torch.zeros((), dtype=torch.float64)
         for rows, w in zip(kept.chunk(case.parts), weights.chunk(case.parts), strict=True):
-            part = Experience(**{k: None if v is None else v[rows] for k, v in vars(experience).items()})
+            part = Experience(
+                **{k: None if v is None else v[rows] for k, v in vars(experience).items()}
+            )
             total = total + module(batch.now[rows], part, w, batch.entropies[rows])[0]
         module.adapt(float(batch.entropies[batch.mask].mean()))
     per_token = torch.zeros_like(batch.old)
@@ -285,12 +302,30 @@ def trl_trainer(case: Case, batch: Batch) -> GRPOTrainer:
 
 def trl_generated(batch: Batch, use_vllm: bool) -> tuple:
     """What TRL's `_generate` returns: token ids that end or do not, and the mask of the row that has nothing."""
-    lengths = batch.lengths.clamp(min=1).tolist()  # it has no empty completions; one token outside the mask is one
-    ids = [[OTHER] * (n - 1) + [OTHER if cut else END] for n, cut in zip(lengths, batch.truncated, strict=True)]
+    lengths = batch.lengths.clamp(
+        min=1
+    ).tolist()  # it has no empty completions; one token outside the mask is one
+    ids = [
+        [OTHER] * (n - 1) + [OTHER if cut else END]
+        for n, cut in zip(lengths, batch.truncated, strict=True)
+    ]
     outside = [[int(real > 0)] * n for n, real in zip(lengths, batch.lengths, strict=True)]
     prompts = [[OTHER]] * len(ids)
-    sampler = [row[:n] for row, n in zip(batch.sampler.tolist(), lengths, strict=True)] if use_vllm else None
-    return prompts, ids, outside if batch.draw.masked_row else None, [""] * len(ids), sampler, {}, None, []
+    sampler = (
+        [row[:n] for row, n in zip(batch.sampler.tolist(), lengths, strict=True)]
+        if use_vllm
+        else None
+    )
+    return (
+        prompts,
+        ids,
+        outside if batch.draw.masked_row else None,
+        [""] * len(ids),
+        sampler,
+        {},
+        None,
+        [],
+    )
 
 
 def trl_loss(case: Case, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -330,14 +365,18 @@ def verl_advantages(settings: dict[str, Any], batch: Batch) -> Tensor:
     """verl's advantages, (N, C): the reward of a completion stands at its last token."""
     mask = batch.mask.double()
     last = (batch.lengths - 1).clamp(min=0)[:, None]
-    scores = torch.zeros_like(mask, dtype=batch.rewards.dtype).scatter_(1, last, batch.returns[:, None])
+    scores = torch.zeros_like(mask, dtype=batch.rewards.dtype).scatter_(
+        1, last, batch.returns[:, None]
+    )
     if "kl_coef" in settings:
         kl_free = scores
         scores = core_algos.compute_rewards(kl_free, batch.old, batch.ref, settings["kl_coef"])
         scores = torch.where(batch.mask, scores, kl_free)  # its trainer masks the KL
     name = settings["adv_estimator"]
     index = np.repeat(np.arange(QUESTIONS), batch.draw.group)
-    if name == "grpo, each completion a group":  # what verl makes of a group of one: the reward as it is
+    if (
+        name == "grpo, each completion a group"
+    ):  # what verl makes of a group of one: the reward as it is
         name, index = "grpo", np.arange(len(index))
     more = {}
     if name == "grpo":
@@ -346,11 +385,19 @@ def verl_advantages(settings: dict[str, Any], batch: Batch) -> Tensor:
         more["config"] = {"norm_adv_by_std_in_grpo": settings.get("norm_adv_by_std_in_grpo", True)}
     if name == "gdpo":
         more["config"] = {"gdpo_reward_keys": ["a", "b"], "gdpo_reward_weights": batch.draw.weights}
-        more["non_tensor_batch"] = {"a": batch.rewards[:, 0].numpy(), "b": batch.rewards[:, 1].numpy()}
+        more["non_tensor_batch"] = {
+            "a": batch.rewards[:, 0].numpy(),
+            "b": batch.rewards[:, 1].numpy(),
+        }
         prompts = torch.ones(len(mask), 1, dtype=torch.long)
-        more["batch"] = {"prompts": prompts, "attention_mask": torch.cat([prompts, batch.mask.long()], 1)}
+        more["batch"] = {
+            "prompts": prompts,
+            "attention_mask": torch.cat([prompts, batch.mask.long()], 1),
+        }
     estimator = core_algos.get_adv_estimator_fn(name)
-    return estimator(token_level_rewards=scores, response_mask=mask, index=index, **more)[0].double()
+    return estimator(token_level_rewards=scores, response_mask=mask, index=index, **more)[
+        0
+    ].double()
 
 
 def verl_loss(case: Case, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -380,14 +427,21 @@ def verl_loss(case: Case, batch: Batch) -> tuple[Tensor, Tensor]:
         )[0]  # fmt: skip
         if "kl_loss_type" in s:
             kl = core_algos.kl_penalty(now, batch.ref[rows], s["kl_loss_type"])
-            total = total + s["kl_loss_coef"] * core_algos.agg_loss(kl, mask, mode, **config.global_batch_info)
+            total = total + s["kl_loss_coef"] * core_algos.agg_loss(
+                kl, mask, mode, **config.global_batch_info
+            )
         if "entropy_coeff" in s:
-            entropy = core_algos.agg_loss(batch.entropies[rows], mask, mode, **config.global_batch_info)
+            entropy = core_algos.agg_loss(
+                batch.entropies[rows], mask, mode, **config.global_batch_info
+            )
             total = total - s["entropy_coeff"] * entropy
     return total.detach(), gradients(total, batch)
 
 
-PEER_LOSSES: dict[str, Callable[[Case, Batch], tuple[Tensor, Tensor]]] = {"trl": trl_loss, "verl": verl_loss}
+PEER_LOSSES: dict[str, Callable[[Case, Batch], tuple[Tensor, Tensor]]] = {
+    "trl": trl_loss,
+    "verl": verl_loss,
+}
 
 
 # ------------------------------------------------------------------------------------------------- the rows, by topic
@@ -397,7 +451,9 @@ FREE = {"clip_ratio_c": 1e9}  # verl's vanilla loss always has a dual clip; this
 BIG = Draw(reward_scale=1e6)
 NO_CLAMP = "TRL does not clamp l; ours stops at ±20, so that no input gives an infinity."
 GUARD = "verl's guard of a standard deviation is 1e-6, ours and TRL's 1e-4."
-MASKED = "TRL counts a completion without tokens in its mean over completions; ours and verl do not."
+MASKED = (
+    "TRL counts a completion without tokens in its mean over completions; ours and verl do not."
+)
 
 
 def trl_grpo(**more: Any) -> dict[str, Any]:
@@ -414,13 +470,29 @@ def verl_grpo(**more: Any) -> dict[str, Any]:
 def clipped_methods() -> Iterator[Case]:
     """The rows of OBJECTIVES with a clip or a gate."""
     eps = {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}
-    gspo = {"importance_sampling_level": "sequence", "beta": 0.0, "epsilon": 3e-4, "epsilon_high": 4e-4}
+    gspo = {
+        "importance_sampling_level": "sequence",
+        "beta": 0.0,
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+    }
     yield Case("grpo", trl=trl_grpo(), verl=verl_grpo(**KL), draw=BIG)
-    yield Case("bnpo", trl=trl_grpo(loss_type="bnpo"), verl=verl_grpo(loss_agg_mode="token-mean", **KL), draw=BIG)
+    yield Case(
+        "bnpo",
+        trl=trl_grpo(loss_type="bnpo"),
+        verl=verl_grpo(loss_agg_mode="token-mean", **KL),
+        draw=BIG,
+    )
     yield Case(
         "dr_grpo",
-        trl=trl_grpo(loss_type="dr_grpo", beta=0.0, scale_rewards="none", max_completion_length=SCALE),
-        verl=verl_grpo(norm_adv_by_std_in_grpo=False, loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=SCALE),
+        trl=trl_grpo(
+            loss_type="dr_grpo", beta=0.0, scale_rewards="none", max_completion_length=SCALE
+        ),
+        verl=verl_grpo(
+            norm_adv_by_std_in_grpo=False,
+            loss_agg_mode="seq-mean-token-sum-norm",
+            loss_scale_factor=SCALE,
+        ),
     )
     yield Case(
         "dapo", "with truncated completions",
@@ -439,18 +511,27 @@ def clipped_methods() -> Iterator[Case]:
         "luspo",
         trl=trl_grpo(**gspo | {"loss_type": "luspo", "epsilon": 2e-3, "epsilon_high": 2.5e-3}),
         verl=verl_grpo(
-            loss_mode="gspo", loss_agg_mode="seq-mean-token-sum", clip_ratio_low=2e-3, clip_ratio_high=2.5e-3
+            loss_mode="gspo",
+            loss_agg_mode="seq-mean-token-sum",
+            clip_ratio_low=2e-3,
+            clip_ratio_high=2.5e-3,
         ),
         draw=BIG,
     )
-    yield Case("gmpo", verl=verl_grpo(loss_mode="geo_mean", clip_ratio_low=0.4, clip_ratio_high=0.4), draw=BIG)
+    yield Case(
+        "gmpo",
+        verl=verl_grpo(loss_mode="geo_mean", clip_ratio_low=0.4, clip_ratio_high=0.4),
+        draw=BIG,
+    )
     yield Case(
         "cispo", "TRL's epsilon_high is the cap itself, ours 1 + ε_high",
         trl=trl_grpo(loss_type="cispo", beta=0.0, epsilon_high=5.0),
         verl=verl_grpo(loss_mode="cispo", loss_agg_mode="token-mean", clip_ratio_low=1.0, clip_ratio_high=4.0),
         draw=replace(BIG, masked_row=True),
     )  # fmt: skip
-    yield Case("sapo", trl=trl_grpo(loss_type="sapo", beta=0.0), verl=verl_grpo(loss_mode="sapo"), draw=BIG)
+    yield Case(
+        "sapo", trl=trl_grpo(loss_type="sapo", beta=0.0), verl=verl_grpo(loss_mode="sapo"), draw=BIG
+    )
     yield Case(
         "dppo", "verl's clip_ratio_c is the cap of the ratio, the paper's is 20",
         verl=verl_grpo(loss_mode="dppo_tv", loss_agg_mode="token-mean", clip_ratio_low=0.15, clip_ratio_high=0.15,
@@ -467,7 +548,10 @@ def other_methods() -> Iterator[Case]:
     yield Case("reinforce", verl=verl_grpo(
         adv_estimator="grpo, each completion a group", norm_adv_by_std_in_grpo=False, **sums))  # fmt: skip
     plus = verl_grpo(
-        adv_estimator="reinforce_plus_plus_baseline", loss_agg_mode="token-mean", kl_loss_type="k2", kl_loss_coef=0.01
+        adv_estimator="reinforce_plus_plus_baseline",
+        loss_agg_mode="token-mean",
+        kl_loss_type="k2",
+        kl_loss_coef=0.01,
     )
     one = replace(BIG, one_token=True)
     yield Case("reinforce_plus_plus_baseline", verl=plus, why_verl=tokens, draw=BIG)
@@ -483,13 +567,17 @@ def other_methods() -> Iterator[Case]:
         draw=replace(one, weight_scale=1e6),
         tolerance=1e-5,
     )
-    yield Case("pass_at_k", verl=verl_grpo(adv_estimator="grpo_passk", norm_adv_by_std_in_grpo=False))
+    yield Case(
+        "pass_at_k", verl=verl_grpo(adv_estimator="grpo_passk", norm_adv_by_std_in_grpo=False)
+    )
 
 
 def clips() -> Iterator[Case]:
     """Dual clip, other clips, and ratios beyond e^20."""
     capped, delta = {"clip_ratio_c": 3.0}, trl_grpo(delta=3.0)
-    yield Case("grpo", "dual clip", {"clip_ratio_c": 3.0}, delta, verl_grpo(**capped, **KL), draw=BIG)
+    yield Case(
+        "grpo", "dual clip", {"clip_ratio_c": 3.0}, delta, verl_grpo(**capped, **KL), draw=BIG
+    )
     yield Case(
         "grpo", "dual clip, verl's default", {}, None, verl_grpo(**capped, **KL), draw=BIG, spreads=(LARGE,),
         why_verl="verl's vanilla loss has a dual clip, c = 3, unless told otherwise; the paper has none.",
@@ -511,7 +599,14 @@ def clips() -> Iterator[Case]:
     )  # fmt: skip
     far = {"draw": BIG, "spreads": (BEYOND,)}
     yield Case("grpo", "l beyond ±20", {}, trl_grpo(), verl_grpo(**KL), **far, why_trl=NO_CLAMP)
-    yield Case("grpo", "l beyond ±20, dual clip", {"clip_ratio_c": 3.0}, delta, verl_grpo(**capped, **KL), **far)
+    yield Case(
+        "grpo",
+        "l beyond ±20, dual clip",
+        {"clip_ratio_c": 3.0},
+        delta,
+        verl_grpo(**capped, **KL),
+        **far,
+    )
     yield Case(
         "cispo", "l beyond ±20", {}, trl_grpo(loss_type="cispo", beta=0.0, epsilon_high=5.0),
         verl_grpo(loss_mode="cispo", loss_agg_mode="token-mean", clip_ratio_low=1.0, clip_ratio_high=4.0), **far,
@@ -539,8 +634,12 @@ def means() -> Iterator[Case]:
             "grpo", "with a masked row", {"loss_agg_mode": mode}, None,
             verl_grpo(loss_agg_mode=mode, **scale, **KL), draw=replace(BIG, masked_row=True),
         )  # fmt: skip
-    yield Case("bnpo", "with a masked row", {}, trl_grpo(loss_type="bnpo"), draw=Draw(masked_row=True))
-    yield Case("grpo", "with a masked row", {}, trl_grpo(), draw=Draw(masked_row=True), why_trl=MASKED)
+    yield Case(
+        "bnpo", "with a masked row", {}, trl_grpo(loss_type="bnpo"), draw=Draw(masked_row=True)
+    )
+    yield Case(
+        "grpo", "with a masked row", {}, trl_grpo(), draw=Draw(masked_row=True), why_trl=MASKED
+    )
     yield Case(
         "dr_grpo", "with a masked row", {}, trl_grpo(loss_type="dr_grpo", beta=0.0, scale_rewards="none"),
         draw=Draw(masked_row=True), why_trl=MASKED,
@@ -571,7 +670,15 @@ def means() -> Iterator[Case]:
         verl_grpo(loss_agg_mode="token-mean", **KL, **info), draw=BIG, parts=2,
     )  # fmt: skip
     on = Draw(reward_scale=1e6, on_policy=True)
-    yield Case("grpo", "on-policy, no log π_old", {}, trl_grpo(), verl_grpo(**KL), draw=on, spreads=(SMALL,))
+    yield Case(
+        "grpo",
+        "on-policy, no log π_old",
+        {},
+        trl_grpo(),
+        verl_grpo(**KL),
+        draw=on,
+        spreads=(SMALL,),
+    )
 
 
 def kls() -> Iterator[Case]:
@@ -618,9 +725,7 @@ def advantages() -> Iterator[Case]:
         draw=Draw(group=1),
         why_verl="verl gives a lone completion its reward as the advantage; ours and TRL's is 0.",
     )  # fmt: skip
-    equal = (
-        "In float32 the mean of equal rewards may lie beside them, and the guard makes an advantage of that; ours is 0."
-    )
+    equal = "In float32 the mean of equal rewards may lie beside them, and the guard makes an advantage of that; ours is 0."
     yield Case(
         "dapo", "12 equal rewards of 0.01", {}, trl_grpo(loss_type="dapo", beta=0.0, epsilon_high=0.28),
         verl_grpo(loss_agg_mode="token-mean", clip_ratio_high=0.28), draw=Draw(group=12, equal_rewards=True),
@@ -694,7 +799,9 @@ class Result:
 
 def difference(a: Tensor, b: Tensor, floor: Tensor | float) -> float:
     """The largest relative difference; infinite where one is not finite. `floor`: what counts as close to 0."""
-    relative = (a - b).abs() / torch.max(torch.max(a.abs(), b.abs()), torch.as_tensor(floor, dtype=a.dtype))
+    relative = (a - b).abs() / torch.max(
+        torch.max(a.abs(), b.abs()), torch.as_tensor(floor, dtype=a.dtype)
+    )
     return float(relative.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
@@ -744,7 +851,12 @@ def broken(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def self_test(cases: list[Case]) -> list[str]:
     """Break loss.py in several ways; return those that nothing noticed."""
-    clip, k3, group, weigh = pocket.clip, pocket.k3, pocket.minus_mean, pocket.TOKEN_WEIGHTS["token-mean"]
+    clip, k3, group, weigh = (
+        pocket.clip,
+        pocket.k3,
+        pocket.minus_mean,
+        pocket.TOKEN_WEIGHTS["token-mean"],
+    )
     ways = {
         "the clip takes the other side": (
             pocket.SURROGATES, "clip", lambda log_ratio, now, a, mask, o: -clip(log_ratio, now, -a, mask, o)),
@@ -763,7 +875,10 @@ def self_test(cases: list[Case]) -> list[str]:
     for words, way in ways.items():
         with broken(*way):
             wrong = failures([compare(case, [0]) for case in cases])
-        print(f"{words}: {len(wrong)} pairs fail" + (f"; first: {wrong[0]}" if wrong else ""), flush=True)
+        print(
+            f"{words}: {len(wrong)} pairs fail" + (f"; first: {wrong[0]}" if wrong else ""),
+            flush=True,
+        )
         missed += [] if wrong else [words]
     return missed
 
@@ -775,7 +890,9 @@ def in_words(settings: dict[str, Any] | None) -> str:
     """Settings for a cell of the table."""
     if settings is None:
         return "–"
-    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
+    return ", ".join(
+        f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()
+    )
 
 
 def table_row(r: Result) -> str:
@@ -783,7 +900,10 @@ def table_row(r: Result) -> str:
     cells = [r.case.method, r.case.words]
     for peer in PEER_LOSSES:
         numbers = " · ".join(f"{x:.0e}" for x in r.found[peer]) if peer in r.found else "–"
-        cells += [in_words(getattr(r.case, peer)), f"**{numbers}**" if getattr(r.case, f"why_{peer}") else numbers]
+        cells += [
+            in_words(getattr(r.case, peer)),
+            f"**{numbers}**" if getattr(r.case, f"why_{peer}") else numbers,
+        ]
     cells.append(" ".join(dict.fromkeys(filter(None, [r.case.why_trl, r.case.why_verl]))))
     return "| " + " | ".join(cells) + " |"
 
@@ -792,9 +912,15 @@ def report(results: list[Result], seeds: list[int], wrong: list[str]) -> str:
     """The whole of results/conformance.md."""
     pairs = [(peer, r) for r in results for peer in r.found]
     meant = [r for peer, r in pairs if getattr(r.case, f"why_{peer}")]
-    agree = [max(r.found[p]) for p, r in pairs if not getattr(r.case, f"why_{p}") and r.case.tolerance == TOLERANCE]
+    agree = [
+        max(r.found[p])
+        for p, r in pairs
+        if not getattr(r.case, f"why_{p}") and r.case.tolerance == TOLERANCE
+    ]
     loose = [max(r.found[peer]) for peer, r in pairs if r.case.tolerance > TOLERANCE]
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    machine = (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    )
     versions = f"torch {torch.__version__}, trl {trl.__version__}, verl {verl.__version__}"
     return "\n".join([
         f"`python benchmarks/conformance.py --seeds {' '.join(map(str, seeds))}` on {machine}; {versions}", "",
@@ -817,10 +943,16 @@ def report(results: list[Result], seeds: list[int], wrong: list[str]) -> str:
 
 def main() -> None:
     """Compare, print, write; or break and see."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install", action="store_true", help="make an environment with the peers and run there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--install", action="store_true", help="make an environment with the peers and run there"
+    )
     parser.add_argument("--env", type=Path, default=CACHE, help="the folder of that environment")
-    parser.add_argument("--self-test", action="store_true", help="does a broken loss.py get noticed?")
+    parser.add_argument(
+        "--self-test", action="store_true", help="does a broken loss.py get noticed?"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     args = parser.parse_args()

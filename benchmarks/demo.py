@@ -24,7 +24,17 @@ TARGET = 0.90
 def run(seed: int, folder: Path, flags: list[str]) -> tuple[list[dict], float]:
     """One run: its metrics, and the seconds of the whole command."""
     start = time.perf_counter()
-    command = [sys.executable, "train.py", "--preset", "tiny", "--seed", str(seed), "--run_dir", str(folder), *flags]
+    command = [
+        sys.executable,
+        "train.py",
+        "--preset",
+        "tiny",
+        "--seed",
+        str(seed),
+        "--run_dir",
+        str(folder),
+        *flags,
+    ]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return rows, time.perf_counter() - start
@@ -58,7 +68,13 @@ def picture(runs: dict[int, list[dict]], path: Path) -> None:
         steps = [r for r in rows if "rollout/returns" in r]
         evaluated = [r for r in rows if "eval/accuracy" in r]
         color = f"C{i}"
-        left.plot([r["step"] for r in steps], [r["rollout/success_rate"] for r in steps], color=color, alpha=0.35, lw=1)
+        left.plot(
+            [r["step"] for r in steps],
+            [r["rollout/success_rate"] for r in steps],
+            color=color,
+            alpha=0.35,
+            lw=1,
+        )
         left.plot(
             [r["step"] for r in evaluated],
             [r["eval/accuracy"] for r in evaluated],
@@ -67,12 +83,22 @@ def picture(runs: dict[int, list[dict]], path: Path) -> None:
             ms=4,
             label=f"seed {seed}",
         )
-        right.plot([r["step"] for r in steps], [r["rollout/completion_tokens"] for r in steps], color=color, lw=1.2)
+        right.plot(
+            [r["step"] for r in steps],
+            [r["rollout/completion_tokens"] for r in steps],
+            color=color,
+            lw=1.2,
+        )
     left.axhline(TARGET, color="grey", ls=":", lw=1)
     left.set(
-        xlabel="step", ylabel="accuracy", ylim=(0, 1.02), title="Answers right: held out, greedy (dots); sampled (thin)"
+        xlabel="step",
+        ylabel="accuracy",
+        ylim=(0, 1.02),
+        title="Answers right: held out, greedy (dots); sampled (thin)",
     )
-    right.set(xlabel="step", ylabel="tokens", ylim=(0, None), title="Length of the sampled completions")
+    right.set(
+        xlabel="step", ylabel="tokens", ylim=(0, None), title="Length of the sampled completions"
+    )
     left.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -81,13 +107,17 @@ def picture(runs: dict[int, list[dict]], path: Path) -> None:
 
 def main() -> None:
     """Run every seed, write the results after each one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("flags", nargs="*", help="further flags for train.py, after --")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    machine = (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    )
     lines = [
         f"`python benchmarks/demo.py --seeds {' '.join(map(str, args.seeds))}` on {machine}", "",
         "| seed | greedy, step 0 | sampled, step 1 | greedy, end (95 %) | sampled, end | greedy tokens "

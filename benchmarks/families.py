@@ -60,7 +60,12 @@ OUTCOMES = {
     "FAULT": "a traceback, wrong numbers, or no end",
 }
 LARGEST = 10_000_000  # parameters; what is still larger has not been shrunken
-QUESTIONS = ["Tom has 25 apples.", "Zoe has 7 books. Zoe gives 3 to Max.", "Mary has 4 eggs.", "Sam doubles 9."]
+QUESTIONS = [
+    "Tom has 25 apples.",
+    "Zoe has 7 books. Zoe gives 3 to Max.",
+    "Mary has 4 eggs.",
+    "Sam doubles 9.",
+]
 REWARD = "def even(prompts, completions, completion_ids, **columns):\n"
 REWARD += "    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]\n"
 FLAGS = [
@@ -88,7 +93,10 @@ SIZES = {
     r".*(intermediate|ffn|inner|mlp|feed_forward).*|dim_ff": 48,
     r".*(position|n_ctx|seq_len|max_len).*": 256, r".*(window|chunk).*": 8, r".*image_size": 28, r".*patch_size": 14,
 }  # fmt: skip
-CONV, MAMBA = {"layer_types": ["conv", "full_attention"]}, {"layer_types": ["linear_attention", "full_attention"]}
+CONV, MAMBA = (
+    {"layer_types": ["conv", "full_attention"]},
+    {"layer_types": ["linear_attention", "full_attention"]},
+)
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 SPECIAL: dict[str, dict[str, Any]] = {  # what the class leaves open, or where two sizes depend on each other
@@ -121,10 +129,20 @@ def shrunken(default: PreTrainedConfig, given: dict[str, Any]) -> PreTrainedConf
             found = [new for pattern, new in SIZES.items() if re.fullmatch(pattern, name)]
             small |= {name: found[0]} if any(found[:1]) else {}
         elif isinstance(value, list) and len(value) in layers:
-            kinds = list(dict.fromkeys(map(str, value)))  # one layer of each kind, if there are not more than two
-            small[name] = [next(v for v in value if str(v) == kinds[i % len(kinds)]) for i in range(2)]
-    heads = [k for k in old if re.fullmatch(r"num_attention_heads|n_heads?", k) and type(old[k]) is int]
-    for kv in [k for k in old if k in ("num_key_value_heads", "num_kv_heads") and heads and old[k] == old[heads[0]]]:
+            kinds = list(
+                dict.fromkeys(map(str, value))
+            )  # one layer of each kind, if there are not more than two
+            small[name] = [
+                next(v for v in value if str(v) == kinds[i % len(kinds)]) for i in range(2)
+            ]
+    heads = [
+        k for k in old if re.fullmatch(r"num_attention_heads|n_heads?", k) and type(old[k]) is int
+    ]
+    for kv in [
+        k
+        for k in old
+        if k in ("num_key_value_heads", "num_kv_heads") and heads and old[k] == old[heads[0]]
+    ]:
         small[kv] = 4
     return type(default)(**(small | given))
 
@@ -176,7 +194,11 @@ def whole_job(work: Path, bf16: bool = True) -> tuple[str, float]:
 def run(work: Path, name: str, *flags: str) -> None:
     """train.main with these flags, in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)  # each run begins as a process would
-    own = [f"--model={work / 'model'}", f"--dataset={work / 'questions.jsonl'}", f"--reward={work / 'even.py'}:even"]
+    own = [
+        f"--model={work / 'model'}",
+        f"--dataset={work / 'questions.jsonl'}",
+        f"--reward={work / 'even.py'}:even",
+    ]
     train.main([*FLAGS, *own, f"--run_dir={work / name}", *flags])
 
 
@@ -184,7 +206,9 @@ def check_update(work: Path) -> None:
     """Rewards with a spread, finite losses, and weights that have moved."""
     rows = metrics_of(work / "whole")
     assert len(rows) == 2 and any(row["train/grad_norm"] > 0 for row in rows), "no gradient"
-    assert not any(row["train/skipped_steps"] for row in rows), "a loss or a gradient that is not finite"
+    assert not any(row["train/skipped_steps"] for row in rows), (
+        "a loss or a gradient that is not finite"
+    )
     before, after = (weights(work / place) for place in ("model", "whole/checkpoint-2"))
     shared = before.keys() & after.keys()
     assert any((before[k] != after[k]).any() for k in shared), "no weight has moved"
@@ -198,9 +222,13 @@ def check_resume(work: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     train.main([f"--resume={work / 'killed'}"])
     one, other = metrics_of(work / "whole"), metrics_of(work / "killed")
-    assert one == other, f"resumed with other numbers: {set(one[-1].items()) ^ set(other[-1].items())}"
+    assert one == other, (
+        f"resumed with other numbers: {set(one[-1].items()) ^ set(other[-1].items())}"
+    )
     one, other = (weights(work / name / "checkpoint-2") for name in ("whole", "killed"))
-    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), "resumed to other weights"
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), (
+        "resumed to other weights"
+    )
 
 
 @torch.no_grad()
@@ -212,7 +240,13 @@ def check_numbers(folder: Path) -> tuple[str, float]:
     torch.manual_seed(0)
     sampled = complete(model, tokenizer, prompts, Sampling(8, 0.8, batch_size=6))
     expected = [plain_log_probs(twin, p, c.ids, 0.8) for p, c in zip(prompts, sampled, strict=True)]
-    gaps = [largest_gap("the sampler's log-probabilities", [torch.tensor(c.log_probs) for c in sampled], expected)]
+    gaps = [
+        largest_gap(
+            "the sampler's log-probabilities",
+            [torch.tensor(c.log_probs) for c in sampled],
+            expected,
+        )
+    ]
     for share in (False, True):
         if share and not share_prompts(model, "it", 72):
             return "plain", max(gaps)
@@ -223,17 +257,28 @@ def check_numbers(folder: Path) -> tuple[str, float]:
     return "fast", max(gaps)
 
 
-def trained_log_probs(model: nn.Module, prompts: list[list[int]], done: list[Completion], share: bool) -> list[Tensor]:
+def trained_log_probs(
+    model: nn.Module, prompts: list[list[int]], done: list[Completion], share: bool
+) -> list[Tensor]:
     """What the trainer says of each completion's tokens, from one padded batch."""
     e = pad_batch([Experience.of(p, c.ids, 0.0, 0.0) for p, c in zip(prompts, done, strict=True)])
-    found, *_ = sequences_log_probs(model, e.sequences, e.attention_mask, e.num_actions, 0.8, share=share)
+    found, *_ = sequences_log_probs(
+        model, e.sequences, e.attention_mask, e.num_actions, 0.8, share=share
+    )
     return [row[: len(c.ids)] for row, c in zip(found, done, strict=True)]
 
 
-def plain_log_probs(model: nn.Module, prompt: list[int], ids: list[int], temperature: float) -> Tensor:
+def plain_log_probs(
+    model: nn.Module, prompt: list[int], ids: list[int], temperature: float
+) -> Tensor:
     """One sequence alone, without padding or cache, the shift written out."""
     logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-    return (logits.float() / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+    return (
+        (logits.float() / temperature)
+        .log_softmax(-1)
+        .gather(-1, torch.tensor(ids)[:, None])
+        .squeeze(-1)
+    )
 
 
 def check_greedy(model: nn.Module, prompt: list[int], ids: list[int]) -> float:
@@ -267,13 +312,22 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def outcome(kind: str, seconds: int) -> dict:
     """What became of one model type, in a process of its own; one that hangs or crashes is a FAULT."""
     start, answers = time.perf_counter(), multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=tell, args=(kind, answers[1]), daemon=True)
+    child = multiprocessing.get_context("fork").Process(
+        target=tell, args=(kind, answers[1]), daemon=True
+    )
     child.start()
     answers[1].close()
     try:
-        found = answers[0].recv() if answers[0].poll(seconds) else {"outcome": "FAULT", "why": f"no end in {seconds} s"}
+        found = (
+            answers[0].recv()
+            if answers[0].poll(seconds)
+            else {"outcome": "FAULT", "why": f"no end in {seconds} s"}
+        )
     except EOFError:
-        found = {"outcome": "FAULT", "why": f"the process died, exit code {child.join(5) or child.exitcode}"}
+        found = {
+            "outcome": "FAULT",
+            "why": f"the process died, exit code {child.join(5) or child.exitcode}",
+        }
     child.kill()
     child.join()
     return {"type": kind, **found, "seconds": round(time.perf_counter() - start, 1)}
@@ -282,7 +336,11 @@ def outcome(kind: str, seconds: int) -> dict:
 def tell(kind: str, answer: Any) -> None:
     """Send {"outcome", "why"} of one model type."""
     said = io.StringIO()
-    with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with (
+        tempfile.TemporaryDirectory() as work,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
         answer.send(attempt(kind, Path(work), said))
 
 
@@ -297,12 +355,19 @@ def attempt(kind: str, work: Path, said: io.StringIO) -> dict:
     try:
         way, gap = whole_job(work)
     except SystemExit:
-        return {"outcome": "refused", "why": said.getvalue().rpartition("error: ")[2].strip().replace(str(work), "…")}
+        return {
+            "outcome": "refused",
+            "why": said.getvalue().rpartition("error: ")[2].strip().replace(str(work), "…"),
+        }
     except Exception as error:
         trace = "".join(traceback.format_exception(error))
         return {"outcome": "FAULT", "why": short(error, work), "trace": trace}
     why = re.findall(r"\((.*)\): slower, the numbers are the same", said.getvalue())
-    return {"outcome": way if gap < CLOSE else "apart", "gap": f"{gap:.0e}", "why": why[0] if why else ""}
+    return {
+        "outcome": way if gap < CLOSE else "apart",
+        "gap": f"{gap:.0e}",
+        "why": why[0] if why else "",
+    }
 
 
 def short(error: Exception, work: Path) -> str:
@@ -337,19 +402,29 @@ def report(rows: list[dict], out: Path) -> None:
     ]
     for row in rows:
         why = row["why"].replace("|", "\\|")
-        lines.append(f"| {row['type']} | {row['outcome']} | {row.get('gap', '')} | {row['seconds']} | {why} |")
+        lines.append(
+            f"| {row['type']} | {row['outcome']} | {row.get('gap', '')} | {row['seconds']} | {why} |"
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / "families.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "families.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (out / "families.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 @command
 def main(argv: list[str]) -> None:
     """Every type; the table is written anew after each."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="+", metavar="TYPE", help="their rows are made anew; else all are")
-    parser.add_argument("--seconds", type=positive, default=90, help="the most that one type may take")
-    parser.add_argument("--jobs", type=positive, default=1, help="types at a time, each on one thread")
+    parser.add_argument(
+        "--types", nargs="+", metavar="TYPE", help="their rows are made anew; else all are"
+    )
+    parser.add_argument(
+        "--seconds", type=positive, default=90, help="the most that one type may take"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="types at a time, each on one thread"
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     parser.add_argument("--traces", action="store_true", help="print the traceback of a FAULT")
     args = parser.parse_args(argv)
@@ -358,7 +433,10 @@ def main(argv: list[str]) -> None:
     earlier = args.out / "families.jsonl"
     rows = {}
     if args.types and earlier.exists():
-        rows = {row["type"]: row for row in map(json.loads, earlier.read_text(encoding="utf-8").splitlines())}
+        rows = {
+            row["type"]: row
+            for row in map(json.loads, earlier.read_text(encoding="utf-8").splitlines())
+        }
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for row in outcomes(kinds, args.seconds, args.jobs):
@@ -366,7 +444,10 @@ def main(argv: list[str]) -> None:
         rows[row["type"]] = row
         report([rows[k] for k in known if k in rows], args.out)
         gap, seconds = row.get("gap", ""), row["seconds"]
-        print(f"{row['type']:28} {row['outcome']:10} {gap:6} {seconds:5.1f} s  {row['why']}", flush=True)
+        print(
+            f"{row['type']:28} {row['outcome']:10} {gap:6} {seconds:5.1f} s  {row['why']}",
+            flush=True,
+        )
         if args.traces and trace:
             print(trace, flush=True)
 

@@ -76,7 +76,11 @@ def functions() -> dict[str, Callable[[str, str], Any]]:
 
     def through(function: Callable[..., list]) -> Callable[[str, str], float]:
         return lambda text, reference: function(
-            prompts=[text], completions=[text], reference=[reference], completion_ids=[[1]], max_new_tokens=9
+            prompts=[text],
+            completions=[text],
+            reference=[reference],
+            completion_ids=[[1]],
+            max_new_tokens=9,
         )[0]
 
     found = {name: checked(float, through(function)) for name, function in reward.REWARDS.items()}
@@ -84,7 +88,9 @@ def functions() -> dict[str, Callable[[str, str], Any]]:
         "find_answer": checked(str | None, lambda text, _: answers.find_answer(text)),
         "find_reasoning": checked(str | None, lambda text, _: answers.find_reasoning(text)),
         "same_answer": checked(bool, answers.same_answer),
-        "same_answer, as reference": checked(bool, lambda text, reference: answers.same_answer(reference, text)),
+        "same_answer, as reference": checked(
+            bool, lambda text, reference: answers.same_answer(reference, text)
+        ),
         "is_correct_flexible": checked(bool, answers.is_correct_flexible),
     }
 
@@ -108,7 +114,9 @@ class Tally:
             function(text, reference)
         except Exception as error:  # this is what is looked for
             self.exceptions += 1
-            self.first = self.first or f"{type(error).__name__} for {text[:200]!r} and {reference[:50]!r}"
+            self.first = (
+                self.first or f"{type(error).__name__} for {text[:200]!r} and {reference[:50]!r}"
+            )
         took = 1e6 * (time.thread_time() - start)
         if len(text) < LONG:
             self.longest = max(self.longest, took)
@@ -124,7 +132,8 @@ def hostile(rng: random.Random) -> str:
     pieces = rng.choices(PIECES, k=rng.randrange(1, 12))
     if rng.random() < 0.3:
         pieces.insert(
-            rng.randrange(len(pieces)), "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(9)))
+            rng.randrange(len(pieces)),
+            "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(9))),
         )
     text = "".join(pieces)
     chance = rng.random()
@@ -151,12 +160,17 @@ def from_grammar(cases: int, seed: int) -> dict[str, Tally]:
     for case in range(cases):
         text = hostile(rng)
         reference = (
-            rng.choice(("72", "1,000", "3/4", "x^2")) if rng.random() < 0.5 else "".join(rng.choices(PIECES, k=3))
+            rng.choice(("72", "1,000", "3/4", "x^2"))
+            if rng.random() < 0.5
+            else "".join(rng.choices(PIECES, k=3))
         )
         for name, function in calls.items():
             tallies[name].call(function, text, reference)
         if (case + 1) % 100_000 == 0:
-            print(f"{case + 1:,} texts of the grammar, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{case + 1:,} texts of the grammar, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     return tallies
 
 
@@ -175,20 +189,31 @@ def child(cases: int, seed: int, folder: Path) -> None:
     def one(data: bytes) -> None:
         nonlocal seen
         text, _, reference = data.partition(b"\xff")
-        text, reference = (part.decode("utf-8", "surrogateescape") for part in (text, reference or b"72"))
+        text, reference = (
+            part.decode("utf-8", "surrogateescape") for part in (text, reference or b"72")
+        )
         for name, function in calls.items():
             for wrapped in (text, f"<answer>{text}</answer>"):
                 tallies[name].call(function, wrapped, reference)
         seen += 1
         if seen == cases:
-            (folder / "tallies.json").write_text(json.dumps({name: asdict(t) for name, t in tallies.items()}))
+            (folder / "tallies.json").write_text(
+                json.dumps({name: asdict(t) for name, t in tallies.items()})
+            )
 
     corpus = folder / "corpus"
     corpus.mkdir()
     for number, piece in enumerate(PIECES):
         (corpus / str(number)).write_bytes(piece.encode("utf-8", "surrogatepass"))
     atheris.Setup(
-        [sys.argv[0], f"-runs={cases}", f"-seed={seed}", "-max_len=2000", f"-artifact_prefix={folder}/", str(corpus)],
+        [
+            sys.argv[0],
+            f"-runs={cases}",
+            f"-seed={seed}",
+            "-max_len=2000",
+            f"-artifact_prefix={folder}/",
+            str(corpus),
+        ],
         one,
     )
     atheris.Fuzz()
@@ -197,7 +222,16 @@ def child(cases: int, seed: int, folder: Path) -> None:
 def from_atheris(cases: int, seed: int) -> dict[str, Tally]:
     """The tallies of a child process; UserError with its last words if it leaves none."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, __file__, "--cases", str(cases), "--seed", str(seed), "--child", folder]
+        words = [
+            sys.executable,
+            __file__,
+            "--cases",
+            str(cases),
+            "--seed",
+            str(seed),
+            "--child",
+            folder,
+        ]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace")
         found = Path(folder) / "tallies.json"
         if not found.is_file():
@@ -240,14 +274,23 @@ def tally_table(ways: dict[str, dict[str, Tally]]) -> list[str]:
 
 
 def report(
-    ways: dict[str, dict[str, Tally]], cases: dict[str, int], notes: list[str], argv: list[str], out: Path
+    ways: dict[str, dict[str, Tally]],
+    cases: dict[str, int],
+    notes: list[str],
+    argv: list[str],
+    out: Path,
 ) -> bool:
     """Print and write results/fuzz.md; whether there was no exception and nothing grows."""
-    linear = {name: [worst_at(function, 1000 * size) for size in SIZES] for name, function in functions().items()}
+    linear = {
+        name: [worst_at(function, 1000 * size) for size in SIZES]
+        for name, function in functions().items()
+    }
     every = [t for tallies in ways.values() for t in tallies.values()]
     growing = [name for name, row in linear.items() if row[-1] > max(GROWTH * row[0], 50)]
     wrong = sum(t.exceptions for t in every)
-    verdict = f"It grows for {', '.join(growing)}." if growing else "It does not grow with the length."
+    verdict = (
+        f"It grows for {', '.join(growing)}." if growing else "It does not grow with the length."
+    )
     lines = [
         f"`{command_line(argv)}` on {machine(torch.device('cpu'))}, one thread; {versions()}.",
         "",
@@ -264,7 +307,10 @@ def report(
         "",
         "| function | " + " | ".join(f"{size} kB" for size in SIZES) + " |",
         "|---|" + "---|" * len(SIZES),
-        *(f"| {name} | " + " | ".join(f"{v:.2f}" for v in row) + " |" for name, row in linear.items()),
+        *(
+            f"| {name} | " + " | ".join(f"{v:.2f}" for v in row) + " |"
+            for name, row in linear.items()
+        ),
     ]
     print("\n".join(lines))
     print("\n".join(t.first for t in every if t.first))
@@ -282,13 +328,17 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=positive, default=1_000_000, help="texts in all")
-    parser.add_argument("--atheris", type=whole, default=100_000, help="how many of them atheris makes; 0: none")
+    parser.add_argument(
+        "--atheris", type=whole, default=100_000, help="how many of them atheris makes; 0: none"
+    )
     parser.add_argument("--seed", type=whole, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.child and args.atheris >= args.cases:
-        raise UserError(f"--atheris {args.atheris} leaves no text of --cases {args.cases} to the grammar.")
+        raise UserError(
+            f"--atheris {args.atheris} leaves no text of --cases {args.cases} to the grammar."
+        )
     return args
 
 
@@ -302,7 +352,10 @@ def main(argv: list[str]) -> None:
     guided, notes = args.atheris, []
     if guided and importlib.util.find_spec("atheris") is None:
         guided = 0
-        notes = ["", "atheris is not installed (pip install atheris), so nothing was guided by coverage."]
+        notes = [
+            "",
+            "atheris is not installed (pip install atheris), so nothing was guided by coverage.",
+        ]
     cases = {"from a grammar": args.cases - guided}
     ways = {"from a grammar": from_grammar(args.cases - guided, args.seed)}
     if guided:

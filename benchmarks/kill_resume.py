@@ -54,10 +54,27 @@ SMALL = [
 SCENARIOS = {
     "grpo": ["--objective=grpo", "--epochs_per_step=2"],
     # Dynamic sampling, for which there must be groups without a spread.
-    "dapo": ["--objective=dapo", "--epochs_per_step=2", "--reward", "accuracy", "--reward_weights", "1"],
+    "dapo": [
+        "--objective=dapo",
+        "--epochs_per_step=2",
+        "--reward",
+        "accuracy",
+        "--reward_weights",
+        "1",
+    ],
     "gspo": ["--objective=gspo", "--epochs_per_step=2", "--temperature=0.8"],
-    "entropy": ["--entropy_weight=0.01", "--entropy_target=0.5", "--top_entropy=0.5", "--eval_samples=2"],
-    "bf16": ["--objective=dr_grpo", "--precision=bf16", "--kl_weight=0.05", "--gradient_checkpointing"],
+    "entropy": [
+        "--entropy_weight=0.01",
+        "--entropy_target=0.5",
+        "--top_entropy=0.5",
+        "--eval_samples=2",
+    ],
+    "bf16": [
+        "--objective=dr_grpo",
+        "--precision=bf16",
+        "--kl_weight=0.05",
+        "--gradient_checkpointing",
+    ],
 }
 PHASES = {
     "rollout": (train, "ask"), "rewards": (train, "mark"), "log-probabilities": (train, "recall"),
@@ -103,7 +120,9 @@ class Process:
         arguments = [sys.executable, __file__, "--child", str(theirs), *self.argv]
         with tempfile.TemporaryFile("w+") as log, os.fdopen(ours, "rb", buffering=0) as pipe:
             settings = {"pass_fds": [theirs], "stdout": log, "stderr": log}
-            process = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **settings)
+            process = subprocess.Popen(
+                arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **settings
+            )
             os.close(theirs)
             entered = time.perf_counter()
             while data := pipe.read(4096):
@@ -112,7 +131,11 @@ class Process:
                     self.typical[self.phase] = now - entered
                     self.phase, entered = phase, now
                     self.begun[phase] += 1
-                if target is not None and self.begun[target] >= occurrence and process.poll() is None:
+                if (
+                    target is not None
+                    and self.begun[target] >= occurrence
+                    and process.poll() is None
+                ):
                     time.sleep(chance.uniform(0, self.typical.get(target, 0.05)))
                     process.send_signal(signal.SIGKILL)
                     target = None
@@ -128,7 +151,9 @@ class Outcome:
 
     name: str
     kills: Counter = field(default_factory=Counter)  # by phase
-    lost: list[int] = field(default_factory=list)  # steps that were done and had to be done again, by kill
+    lost: list[int] = field(
+        default_factory=list
+    )  # steps that were done and had to be done again, by kill
     runs: int = 0
     processes: int = 0
     rows: int = 0
@@ -158,7 +183,12 @@ def punish(name: str, flags: list[str], kills: int, folder: Path, seed: int) -> 
 
 
 def survive(
-    outcome: Outcome, flags: list[str], kills: int, killed: Path, chance: random.Random, typical: dict[str, float]
+    outcome: Outcome,
+    flags: list[str],
+    kills: int,
+    killed: Path,
+    chance: random.Random,
+    typical: dict[str, float],
 ) -> None:
     """A run that is killed until it is done, or has been killed often enough."""
     outcome.runs += 1
@@ -166,8 +196,12 @@ def survive(
     while code != 0:
         fresh = not (killed / "config.yaml").exists()
         if fresh:
-            shutil.rmtree(killed, ignore_errors=True)  # killed before it had a config: there is nothing to resume
-        process = Process([*SMALL, *flags, f"--run_dir={killed}"] if fresh else [f"--resume={killed}"], typical)
+            shutil.rmtree(
+                killed, ignore_errors=True
+            )  # killed before it had a config: there is nothing to resume
+        process = Process(
+            [*SMALL, *flags, f"--run_dir={killed}"] if fresh else [f"--resume={killed}"], typical
+        )
         target = chance.choice([*PHASES, OUTSIDE]) if outcome.kills.total() < kills else None
         code = process.go(target, 1 if target in ONCE else chance.randint(1, 3), chance)
         outcome.processes += 1
@@ -187,7 +221,9 @@ def compare(outcome: Outcome, whole: Path, killed: Path) -> None:
     outcome.rows += len(found)
     if expected != found:
         steps = [e["step"] for e, f in zip(expected, found, strict=False) if e != f]
-        outcome.differences.append(f"metrics differ in steps {steps} ({len(expected)} and {len(found)} rows)")
+        outcome.differences.append(
+            f"metrics differ in steps {steps} ({len(expected)} and {len(found)} rows)"
+        )
     for saved in checkpoint.checkpoints(whole):
         other = killed / saved.name
         if checkpoint.damage(saved) or not other.is_dir() or checkpoint.damage(other):
@@ -206,7 +242,9 @@ def compare(outcome: Outcome, whole: Path, killed: Path) -> None:
         shown, known = [e.step for e in log.Scalars(tag)], [r["step"] for r in found if tag in r]
         if not tag.startswith(("time/", "perf/")) and shown != known:
             outcome.differences.append(f"TensorBoard shows {tag} at {shown}")
-    leftovers = [p.name for p in killed.glob(".checkpoint*")] + [p.name for p in killed.rglob("*.partial")]
+    leftovers = [p.name for p in killed.glob(".checkpoint*")] + [
+        p.name for p in killed.rglob("*.partial")
+    ]
     if leftovers:
         outcome.differences.append(f"left behind: {leftovers}")
 
@@ -228,7 +266,9 @@ def report(outcomes: list[Outcome], argv: list[str], out: Path) -> None:
         flags = " ".join(SCENARIOS[o.name])
         said = "; ".join(o.differences) or "none"
         lost = max(o.lost, default=0)
-        lines.append(f"| {o.name} | `{flags}` | {o.kills.total()} | {o.processes} | {lost} | {o.rows} | {said} |")
+        lines.append(
+            f"| {o.name} | `{flags}` | {o.kills.total()} | {o.processes} | {lost} | {o.rows} | {said} |"
+        )
     lines += ["", "| phase in which the process was killed | kills |", "|---|---|"]
     lines += [f"| {phase} | {count} |" for phase, count in kills.most_common()]
     out.mkdir(parents=True, exist_ok=True)
@@ -239,8 +279,12 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=positive, default=50, help="over all scenarios")
-    parser.add_argument("--only", nargs="+", default=list(SCENARIOS), metavar="SCENARIO", help=", ".join(SCENARIOS))
-    parser.add_argument("--jobs", type=positive, default=2, help="scenarios at a time, one thread each")
+    parser.add_argument(
+        "--only", nargs="+", default=list(SCENARIOS), metavar="SCENARIO", help=", ".join(SCENARIOS)
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=2, help="scenarios at a time, one thread each"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the table")
     args = parser.parse_args(argv)
@@ -258,11 +302,22 @@ def main(argv: list[str]) -> None:
     outcomes, count = [], len(args.only)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
         few = Path(name, "few.jsonl")
-        lines = (ROOT / "tiny" / "task" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (
+            (ROOT / "tiny" / "task" / "train.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines(keepends=True)
+        )
         few.write_text("".join(lines[:30]), encoding="utf-8")
         shares = [args.kills // count + (i < args.kills % count) for i in range(count)]
         jobs = [
-            pool.submit(punish, scenario, [f"--dataset={few}", *SCENARIOS[scenario]], kills, Path(name), args.seed)
+            pool.submit(
+                punish,
+                scenario,
+                [f"--dataset={few}", *SCENARIOS[scenario]],
+                kills,
+                Path(name),
+                args.seed,
+            )
             for scenario, kills in zip(args.only, shares, strict=True)
         ]
         for job in jobs:

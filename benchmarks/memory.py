@@ -72,7 +72,9 @@ def make_batch(length: int, vocabulary: int, device: torch.device) -> tuple[Tens
     """Sequences and mask (B, P + C), and C: neighbours have the same prompt, half of the length is completion."""
     generator = torch.Generator().manual_seed(1)
     prompt = length // 2
-    prompts = torch.randint(vocabulary, (QUESTIONS, prompt), generator=generator).repeat_interleave(GROUP, 0)
+    prompts = torch.randint(vocabulary, (QUESTIONS, prompt), generator=generator).repeat_interleave(
+        GROUP, 0
+    )
     completions = torch.randint(vocabulary, (len(prompts), length - prompt), generator=generator)
     sequences = torch.cat([prompts, completions], -1).to(device)
     return sequences, torch.ones_like(sequences, dtype=torch.bool), length - prompt
@@ -80,7 +82,11 @@ def make_batch(length: int, vocabulary: int, device: torch.device) -> tuple[Tens
 
 def plain_log_probs(model: nn.Module, sequences: Tensor, mask: Tensor, num_actions: int) -> Tensor:
     """The common way: log-softmax of all logits in fp32, (B, C)."""
-    logits = model(input_ids=sequences, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+    logits = (
+        model(input_ids=sequences, attention_mask=mask.long(), use_cache=False)
+        .logits[:, :-1]
+        .float()
+    )
     found = torch.log_softmax(logits, -1).gather(-1, sequences[:, 1:, None]).squeeze(-1)
     return found[:, -num_actions:]
 
@@ -103,7 +109,9 @@ def update(model: nn.Module, way: str, batch: tuple[Tensor, Tensor, int]) -> Ten
 def switch(model: nn.Module, checkpointing: bool) -> None:
     """Gradient checkpointing, which works in train mode only; the model has no dropout."""
     model.train(checkpointing)
-    if checkpointing and hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 and later
+    if checkpointing and hasattr(
+        model, "activation_checkpointing_enable"
+    ):  # transformers 5.18 and later
         model.activation_checkpointing_enable({"use_reentrant": False})
     elif checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -129,7 +137,9 @@ def check(model: nn.Module, way: str, vocabulary: int, device: torch.device) -> 
         found.append((update(model, name, batch), gradients(model)))
     (log_probs, gradient), (expected, slope) = found
     gap, turn = (log_probs - expected).abs().max(), (gradient - slope).norm() / slope.norm()
-    assert gap < tolerance and turn < tolerance, f"{way}: log-probabilities off by {gap:.2g}, gradient by {turn:.2g}"
+    assert gap < tolerance and turn < tolerance, (
+        f"{way}: log-probabilities off by {gap:.2g}, gradient by {turn:.2g}"
+    )
 
 
 def resident(device: torch.device) -> int:
@@ -191,8 +201,14 @@ def in_a_process(task: dict) -> dict:
     command = [sys.executable, __file__, "--child", json.dumps(task)]
     done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True)
     if done.returncode:
-        words = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"signal {-done.returncode}"
-        raise UserError(f"The way {task['way']!r} at length {task['length']}, vocabulary {task['vocabulary']}: {words}")
+        words = (
+            done.stderr.strip().splitlines()[-1]
+            if done.stderr.strip()
+            else f"signal {-done.returncode}"
+        )
+        raise UserError(
+            f"The way {task['way']!r} at length {task['length']}, vocabulary {task['vocabulary']}: {words}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -201,7 +217,9 @@ def agree(rows: list[dict], dtype: str) -> None:
     tolerance = TOLERANCE if dtype == "float32" else 0.05
     for name in ("log_prob", "grad_norm"):
         values = [r[name] for r in rows]
-        assert max(values) - min(values) < tolerance * abs(values[0]), f"{name} of the ways: {values}"
+        assert max(values) - min(values) < tolerance * abs(values[0]), (
+            f"{name} of the ways: {values}"
+        )
 
 
 def report(rows: list[dict], argv: list[str], out: Path) -> None:
@@ -225,7 +243,10 @@ def report(rows: list[dict], argv: list[str], out: Path) -> None:
         peaks = {w: statistics.median(r["peak"] for r in here if r["way"] == w) for w in ways
                  if any(r["way"] == w for r in here)}  # fmt: skip
         plain = peaks.get("plain", math.nan)
-        cells = [f"{peaks[w] / 1e6:.0f}" + ("" if w == "plain" else f" ({plain / peaks[w]:.1f}×)") for w in peaks]
+        cells = [
+            f"{peaks[w] / 1e6:.0f}" + ("" if w == "plain" else f" ({plain / peaks[w]:.1f}×)")
+            for w in peaks
+        ]
         lines.append(f"| {vocabulary} | {length} | {' | '.join(cells)} |")
     out.mkdir(parents=True, exist_ok=True)
     (out / "memory.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -235,9 +256,13 @@ def report(rows: list[dict], argv: list[str], out: Path) -> None:
 def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[64, 128, 256], help="tokens in a sequence")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", default=[64, 128, 256], help="tokens in a sequence"
+    )
     parser.add_argument("--vocabularies", type=positive, nargs="+", default=[50_000, 150_000])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
+    )
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16")
@@ -262,8 +287,15 @@ def main(argv: list[str]) -> None:
     rows = []
     for vocabulary in args.vocabularies:
         for length in args.lengths:
-            case = {"vocabulary": vocabulary, "length": length, "device": args.device, "dtype": args.dtype}
-            found = [in_a_process({**case, "way": way}) for way in args.ways for _ in range(args.repeats)]
+            case = {
+                "vocabulary": vocabulary,
+                "length": length,
+                "device": args.device,
+                "dtype": args.dtype,
+            }
+            found = [
+                in_a_process({**case, "way": way}) for way in args.ways for _ in range(args.repeats)
+            ]
             agree(found, args.dtype)
             rows += found
             report(rows, argv, args.out)

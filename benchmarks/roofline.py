@@ -48,7 +48,9 @@ from replay_buffer import ReplayBuffer  # noqa: E402
 
 PHASES = ("rollout: prefill", "rollout: decode", "log-probabilities", "update")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ADAM_BYTES = 7 * 4  # of each parameter: weight, gradient and both moments read, weight and moments written, in fp32
+ADAM_BYTES = (
+    7 * 4
+)  # of each parameter: weight, gradient and both moments read, weight and moments written, in fp32
 
 
 # ------------------------------------------------------------------------------------------------------- ceilings
@@ -90,7 +92,10 @@ def best_seconds(run: Callable[[], Any], device: torch.device, budget: float = 0
 def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of (m, k) × (k, n), which is 2 m k n FLOP, in the layout of nn.Linear."""
     m, k, n = shape
-    x, weight = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+    x, weight = (
+        torch.randn(m, k, device=device).to(dtype),
+        torch.randn(n, k, device=device).to(dtype),
+    )
     return 2 * m * k * n / best_seconds(lambda: nn.functional.linear(x, weight), device)
 
 
@@ -109,15 +114,22 @@ def read_rate(size: float, device: torch.device) -> float:
     return 4 * matrix.numel() / best_seconds(lambda: torch.mv(matrix, vector), device)
 
 
-def measure_ceilings(shapes: dict[str, tuple[int, int, int]], working_set: float, device: torch.device) -> Ceilings:
+def measure_ceilings(
+    shapes: dict[str, tuple[int, int, int]], working_set: float, device: torch.device
+) -> Ceilings:
     """Try every shape in both precisions; memory at a large size and at `working_set` bytes, which may fit a cache."""
     with torch.no_grad():
-        matmul = {name: {s: matmul_rate(mkn, d, device) for s, mkn in shapes.items()} for name, d in DTYPES.items()}
+        matmul = {
+            name: {s: matmul_rate(mkn, d, device) for s, mkn in shapes.items()}
+            for name, d in DTYPES.items()
+        }
         large = 2**30 if device.type == "cuda" else 2**28
         memory = {
             f"copy, {large >> 20} MB": copy_rate(large, device),
             f"matrix × vector, {large >> 20} MB": read_rate(large, device),
-            f"matrix × vector, {working_set / 2**20:.1f} MB (a decode step's)": read_rate(working_set, device),
+            f"matrix × vector, {working_set / 2**20:.1f} MB (a decode step's)": read_rate(
+                working_set, device
+            ),
         }
     return Ceilings(matmul, memory)
 
@@ -144,7 +156,9 @@ class Size:
         """Counted from the modules; embeddings are looked up, not multiplied. UserError for models without a head."""
         head, config = model.get_output_embeddings(), model.config
         if head is None:
-            raise UserError(f"{type(model).__name__} names no output layer, so its work cannot be counted.")
+            raise UserError(
+                f"{type(model).__name__} names no output layer, so its work cannot be counted."
+            )
         matrices = [
             p.shape
             for module in model.modules()
@@ -185,7 +199,9 @@ class Work:
     @property
     def rows(self) -> np.ndarray:
         """(prompt, completion) of every sequence, int (N, 2), in the order of the rollout."""
-        return np.array([(p, c) for p, group in zip(self.prompts, self.completions, strict=True) for c in group])
+        return np.array(
+            [(p, c) for p, group in zip(self.prompts, self.completions, strict=True) for c in group]
+        )
 
 
 @dataclass(frozen=True)
@@ -208,7 +224,9 @@ def prefill_floor(size: Size, work: Work, config: Config, rates: Rates) -> float
     return max(operations / rates.tokens, (size.body + size.head) * rates.number / rates.bandwidth)
 
 
-def decode_steps(size: Size, work: Work, config: Config, number: int) -> Iterator[tuple[float, float]]:
+def decode_steps(
+    size: Size, work: Work, config: Config, number: int
+) -> Iterator[tuple[float, float]]:
     """(FLOP, bytes) of every step of decoding, the batch shrinking as rows finish.
 
     Step s of a call feeds the s-th token of each completion that is longer than s, at context P + s: 2 (body + head)
@@ -216,18 +234,26 @@ def decode_steps(size: Size, work: Work, config: Config, number: int) -> Iterato
     kv_width × context numbers. (Rows of a group could read their prompt's keys together; generate does not.)
     """
     rows = work.rows
-    for chunk in (rows[i : i + config.rollout_batch_size] for i in range(0, len(rows), config.rollout_batch_size)):
+    for chunk in (
+        rows[i : i + config.rollout_batch_size]
+        for i in range(0, len(rows), config.rollout_batch_size)
+    ):
         for s in range(1, chunk[:, 1].max()):
             alive = chunk[chunk[:, 1] > s, 0] + s
             context = float(alive.sum())
             cache = 2 * size.layers * size.kv_width * context
-            yield size.operations(len(alive), len(alive), context), (size.body + size.head + cache) * number
+            yield (
+                size.operations(len(alive), len(alive), context),
+                (size.body + size.head + cache) * number,
+            )
 
 
 def decode_floor(size: Size, work: Work, config: Config, rates: Rates) -> float:
     """Seconds: Σ over steps of max(FLOP ÷ rate, bytes ÷ bandwidth)."""
     steps = decode_steps(size, work, config, rates.number)
-    return sum(max(operations / rates.decode, moved / rates.bandwidth) for operations, moved in steps)
+    return sum(
+        max(operations / rates.decode, moved / rates.bandwidth) for operations, moved in steps
+    )
 
 
 def forward_work(size: Size, work: Work) -> tuple[float, float]:
@@ -261,7 +287,9 @@ def update_floor(size: Size, work: Work, config: Config, rates: Rates) -> float:
     return max(operations / rates.tokens, moved / rates.bandwidth) + adam
 
 
-FLOORS = dict(zip(PHASES, (prefill_floor, decode_floor, log_probs_floor, update_floor), strict=True))
+FLOORS = dict(
+    zip(PHASES, (prefill_floor, decode_floor, log_probs_floor, update_floor), strict=True)
+)
 
 
 # ------------------------------------------------------------------------------------------------ our own trainer
@@ -280,7 +308,9 @@ def set_prompt_length(t: train.Trainer, length: int) -> None:
     generator = np.random.default_rng(t.config.seed)
     usual = min(len(t.tokenizer), Size.of(t.model).vocabulary)
     ids = generator.integers(usual, size=(len(t.questions.questions), length)).tolist()
-    questions = [replace(q, prompt_ids=row) for q, row in zip(t.questions.questions, ids, strict=True)]
+    questions = [
+        replace(q, prompt_ids=row) for q, row in zip(t.questions.questions, ids, strict=True)
+    ]
     t.questions = QuestionStream(questions, t.config.seed)
 
 
@@ -293,7 +323,9 @@ def forbid_end(t: train.Trainer) -> None:
         if not torch.is_grad_enabled() and isinstance(output.get("logits"), Tensor):
             output["logits"][..., ends] = -1e30
 
-    for model in filter(None, (t.model, vars(t).get("twin"))):  # the twin samples where the arithmetic is bf16
+    for model in filter(
+        None, (t.model, vars(t).get("twin"))
+    ):  # the twin samples where the arithmetic is bf16
         model.register_forward_hook(hook)
 
 
@@ -423,11 +455,28 @@ def picture(shares: dict[str, dict[str, float]], title: str, path: Path) -> None
         whole, left = sum(kinds.values()), 0.0
         for kind, value in kinds.items():
             part = 100 * value / whole
-            axes.barh(row, part, left=left, height=0.62, color=COLORS[kind], label=kind if row == 0 else None)
+            axes.barh(
+                row,
+                part,
+                left=left,
+                height=0.62,
+                color=COLORS[kind],
+                label=kind if row == 0 else None,
+            )
             if part >= 4:
-                axes.text(left + part / 2, row, f"{part:.0f}", ha="center", va="center", color="white", fontsize=9)
+                axes.text(
+                    left + part / 2,
+                    row,
+                    f"{part:.0f}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=9,
+                )
             left += part
-    axes.set_yticks(range(len(shares)), [f"{p}\n{sum(k.values()):.2f} s" for p, k in shares.items()])
+    axes.set_yticks(
+        range(len(shares)), [f"{p}\n{sum(k.values()):.2f} s" for p, k in shares.items()]
+    )
     axes.set(xlim=(0, 100), xlabel="% of the time under the profiler")
     axes.set_title(title, fontsize=10, loc="left")
     axes.invert_yaxis()
@@ -470,7 +519,9 @@ def versions() -> str:
 def command_line(argv: list[str]) -> str:
     """The command, each path shortened to its last name."""
     program = f"benchmarks/{Path(sys.argv[0]).name}"
-    return " ".join(["python", program, *(Path(a).name if Path(a).is_absolute() else a for a in argv)])
+    return " ".join(
+        ["python", program, *(Path(a).name if Path(a).is_absolute() else a for a in argv)]
+    )
 
 
 def ceilings_table(ceilings: Ceilings, shapes: dict[str, tuple[int, int, int]]) -> list[str]:
@@ -494,7 +545,9 @@ def phase_table(rows: dict[str, tuple[float, float, float]]) -> list[str]:
     return lines
 
 
-def model_shapes(size: Size, work: Work, config: Config, device: torch.device) -> dict[str, tuple[int, int, int]]:
+def model_shapes(
+    size: Size, work: Work, config: Config, device: torch.device
+) -> dict[str, tuple[int, int, int]]:
     """The matrix products to try: m × k × n. The first is the machine's best, the others are this workload's."""
     square = 8192 if device.type == "cuda" else 1024
     rows = min(len(work.rows), config.rollout_batch_size)
@@ -511,7 +564,9 @@ def model_shapes(size: Size, work: Work, config: Config, device: torch.device) -
     }  # fmt: skip
 
 
-def measure(t: train.Trainer, steps: int) -> tuple[Ceilings, dict, dict[str, tuple[float, float, float]], Work]:
+def measure(
+    t: train.Trainer, steps: int
+) -> tuple[Ceilings, dict, dict[str, tuple[float, float, float]], Work]:
     """A warm-up step, the ceilings, then `steps` steps: medians of measured time and floors."""
     config, device, size = t.config, t.accelerator.device, Size.of(t.model)
     _, work = timed_step(t, 1)
@@ -532,7 +587,10 @@ def measure(t: train.Trainer, steps: int) -> tuple[Ceilings, dict, dict[str, tup
     rows = {
         phase: (
             statistics.median(s[phase] for s, _ in found),
-            *(statistics.median(FLOORS[phase](size, w, config, r) for _, w in found) for r in (best, shaped)),
+            *(
+                statistics.median(FLOORS[phase](size, w, config, r) for _, w in found)
+                for r in (best, shaped)
+            ),
         )
         for phase in PHASES
     }
@@ -584,13 +642,19 @@ def available(device: str) -> str:
 def read_flags(argv: list[str]) -> Any:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny/model", help="a Hugging Face folder, or a hub name")
+    parser.add_argument(
+        "--model", default="tiny/model", help="a Hugging Face folder, or a hub name"
+    )
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--threads", type=positive, help="CPU threads; else PyTorch's own choice")
     parser.add_argument("--questions", type=positive, default=32)
     parser.add_argument("--group_size", type=positive, default=8)
-    parser.add_argument("--prompt_tokens", type=positive, help="random prompts of this length; else the task's own")
-    parser.add_argument("--completion_tokens", type=positive, help="of exactly this length; else as they end")
+    parser.add_argument(
+        "--prompt_tokens", type=positive, help="random prompts of this length; else the task's own"
+    )
+    parser.add_argument(
+        "--completion_tokens", type=positive, help="of exactly this length; else as they end"
+    )
     parser.add_argument("--micro_batch_size", type=positive, default=128)
     parser.add_argument("--steps", type=positive, default=3, help="steps to take the median of")
     parser.add_argument("--profile", type=Path, help="where to draw the picture of the time's use")
@@ -599,7 +663,9 @@ def read_flags(argv: list[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def make_config(model: str, questions: int, group_size: int, micro: int, max_new_tokens: int, *flags: str) -> Config:
+def make_config(
+    model: str, questions: int, group_size: int, micro: int, max_new_tokens: int, *flags: str
+) -> Config:
     """The preset `tiny` at these sizes: one optimizer step of each rollout, no evaluation, hardly any learning."""
     sequences = questions * group_size
     settings = {
@@ -630,11 +696,16 @@ def main(argv: list[str]) -> None:
     if args.profile:
         shares = profile_step(t, args.steps + 2)
         threads = f"{torch.get_num_threads()} {plural(torch.get_num_threads(), 'thread')}"
-        title = f"One step of {Path(config.model).name}: {config.arithmetic.split(';')[0]}, {threads}"
+        title = (
+            f"One step of {Path(config.model).name}: {config.arithmetic.split(';')[0]}, {threads}"
+        )
         picture(shares, title, args.profile)
         for phase, kinds in shares.items():
             whole = sum(kinds.values())
-            print(f"{phase}: " + ", ".join(f"{kind} {value / whole:.0%}" for kind, value in kinds.items()))
+            print(
+                f"{phase}: "
+                + ", ".join(f"{kind} {value / whole:.0%}" for kind, value in kinds.items())
+            )
 
 
 if __name__ == "__main__":

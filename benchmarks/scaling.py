@@ -54,7 +54,14 @@ from errors import UserError, choose, command  # noqa: E402
 BASE = {"questions": 8, "group_size": 8, "completion_tokens": 32, "prompt_tokens": 32, "micro_batch_size": 32,
         "rollout_batch_size": 512, "hidden": 128, "layers": 4}  # fmt: skip
 PAYS = 1.05  # a size this close to the fastest is as good
-QUANTILE = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45}  # Student's t, 97.5 %, by degrees of freedom
+QUANTILE = {
+    1: 12.71,
+    2: 4.30,
+    3: 3.18,
+    4: 2.78,
+    5: 2.57,
+    6: 2.45,
+}  # Student's t, 97.5 %, by degrees of freedom
 MEASURES = {"rollout": "rollout, s", "update": "update, s", "memory": "memory, MB"}
 
 
@@ -71,17 +78,25 @@ class Sweep:
 SWEEPS = {
     "questions": Sweep("questions", [{"questions": n} for n in (2, 4, 8, 16, 32)]),
     "group_size": Sweep("group size", [{"group_size": n} for n in (2, 4, 8, 16, 32)]),
-    "completion_tokens": Sweep("tokens of a completion", [{"completion_tokens": n} for n in (16, 32, 64, 128, 256)]),
+    "completion_tokens": Sweep(
+        "tokens of a completion", [{"completion_tokens": n} for n in (16, 32, 64, 128, 256)]
+    ),
     "parameters": Sweep(
         "parameters of the model, millions",
         [{"hidden": h, "layers": n} for h, n in ((64, 2), (128, 4), (192, 6), (320, 8), (512, 8))],
         {"questions": 4},
     ),
     "micro_batch_size": Sweep(
-        "micro_batch_size", [{"micro_batch_size": n} for n in (1, 2, 4, 8, 16, 32, 64, 128)], {"questions": 16}, True
+        "micro_batch_size",
+        [{"micro_batch_size": n} for n in (1, 2, 4, 8, 16, 32, 64, 128)],
+        {"questions": 16},
+        True,
     ),
     "rollout_batch_size": Sweep(
-        "rollout_batch_size", [{"rollout_batch_size": n} for n in (4, 8, 16, 32, 64, 128)], {"questions": 16}, True
+        "rollout_batch_size",
+        [{"rollout_batch_size": n} for n in (4, 8, 16, 32, 64, 128)],
+        {"questions": 16},
+        True,
     ),
 }
 
@@ -170,7 +185,9 @@ def laws(found: dict[str, list[dict]]) -> list[str]:
         if SWEEPS[name].knob or len(rows) < 2:
             continue
         xs = [r["x"] for r in rows]
-        cells = ["{:.2f} ± {:.2f} (R² {:.3f})".format(*fit(xs, [r[m] for r in rows])) for m in MEASURES]
+        cells = [
+            "{:.2f} ± {:.2f} (R² {:.3f})".format(*fit(xs, [r[m] for r in rows])) for m in MEASURES
+        ]
         points = f"{min(xs):.3g} to {max(xs):.3g}"
         lines.append(f"| {SWEEPS[name].title} | {points} | {' | '.join(cells)} |")
     return lines
@@ -184,10 +201,17 @@ def details(found: dict[str, list[dict]]) -> list[str]:
         kept = {k: v for k, v in others.items() if k not in SWEEPS[name].points[0]}
         lines += ["", f"## {SWEEPS[name].title}", "", ", ".join(f"{k} {v}" for k, v in kept.items()), "",
                   f"| {SWEEPS[name].title} | {' | '.join(MEASURES.values())} |", "|---|---|---|---|"]  # fmt: skip
-        lines += [f"| {r['x']:.3g} | {r['rollout']:.3f} | {r['update']:.3f} | {r['memory']:.0f} |" for r in rows]
+        lines += [
+            f"| {r['x']:.3g} | {r['rollout']:.3f} | {r['update']:.3f} | {r['memory']:.0f} |"
+            for r in rows
+        ]
         if SWEEPS[name].knob:
             most = pays_until(rows, "update" if name == "micro_batch_size" else "rollout")
-            last = "; it is the largest one tried" if most == rows[-1]["x"] else ", and more does not pay"
+            last = (
+                "; it is the largest one tried"
+                if most == rows[-1]["x"]
+                else ", and more does not pay"
+            )
             lines += ["", f"{most} is the smallest that is within 5 % of the fastest{last}."]
     return lines
 
@@ -215,12 +239,19 @@ def picture(found: dict[str, list[dict]], path: Path) -> None:
             ys, label = [r[measure] for r in rows], measure
             if not SWEEPS[name].knob and len(rows) > 1:
                 label += f" ∝ c^{fit(xs, ys)[0]:.2f}"
-            side.plot(xs, ys, "o--" if side is right else "o-", color=color, ms=3.5, lw=1.3, label=label)
+            side.plot(
+                xs, ys, "o--" if side is right else "o-", color=color, ms=3.5, lw=1.3, label=label
+            )
         for side in (ax, right):
             side.set_yscale("log")
             side.minorticks_off()
             low, high = side.get_ylim()
-            ticks = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 3, 5) if low <= m * 10.0**e <= high]
+            ticks = [
+                m * 10.0**e
+                for e in range(-4, 6)
+                for m in (1, 2, 3, 5)
+                if low <= m * 10.0**e <= high
+            ]
             side.set_yticks(ticks, [f"{v:g}" for v in ticks])
             side.spines["top"].set_visible(False)
         ax.set_xscale("log")
@@ -238,10 +269,16 @@ def picture(found: dict[str, list[dict]], path: Path) -> None:
 
 def report(out: Path, argv: list[str]) -> None:
     """The table and the picture, from scaling.jsonl."""
-    rows = [json.loads(line) for line in (out / "scaling.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (out / "scaling.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     if not rows:
         raise UserError("scaling.jsonl holds no measurement; run without --report first.")
-    found = {name: sorted((r for r in rows if r["sweep"] == name), key=lambda r: r["x"]) for name in SWEEPS}
+    found = {
+        name: sorted((r for r in rows if r["sweep"] == name), key=lambda r: r["x"])
+        for name in SWEEPS
+    }
     found = {name: points for name, points in found.items() if points}
     threads = f"{rows[0]['threads']} {plural(rows[0]['threads'], 'thread')}"
     lines = [
@@ -259,7 +296,16 @@ def report(out: Path, argv: list[str]) -> None:
 
 def run_sweep(name: str, args: argparse.Namespace) -> list[dict]:
     """One sweep in a process of its own, its lines as they come."""
-    command = [sys.executable, __file__, "--child", name, "--steps", str(args.steps), "--device", args.device]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        name,
+        "--steps",
+        str(args.steps),
+        "--device",
+        args.device,
+    ]
     threads = str(args.threads or torch.get_num_threads())
     child = subprocess.Popen([*command, "--threads", threads], stdout=subprocess.PIPE, text=True)
     rows = []
@@ -277,11 +323,15 @@ def run_sweep(name: str, args: argparse.Namespace) -> list[dict]:
 def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(SWEEPS), metavar="SWEEP", help=", ".join(SWEEPS))
+    parser.add_argument(
+        "--only", nargs="+", default=list(SWEEPS), metavar="SWEEP", help=", ".join(SWEEPS)
+    )
     parser.add_argument("--steps", type=positive, default=2, help="steps to take the median of")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--threads", type=positive, help="CPU threads; else PyTorch's own choice")
-    parser.add_argument("--report", action="store_true", help="only the table and the picture, from scaling.jsonl")
+    parser.add_argument(
+        "--report", action="store_true", help="only the table and the picture, from scaling.jsonl"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -298,17 +348,26 @@ def main(argv: list[str]) -> None:
     args = read_flags(argv)
     if args.child:
         torch.set_num_threads(args.threads)
-        measure_point(args.child, SWEEPS[args.child].points[0], 1, args.device)  # what is loaded once is not its memory
+        measure_point(
+            args.child, SWEEPS[args.child].points[0], 1, args.device
+        )  # what is loaded once is not its memory
         for point in SWEEPS[args.child].points:
-            row = {**measure_point(args.child, point, args.steps, args.device), "threads": args.threads}
+            row = {
+                **measure_point(args.child, point, args.steps, args.device),
+                "threads": args.threads,
+            }
             print(json.dumps(row), flush=True)
         return
     if not args.report:
         args.out.mkdir(parents=True, exist_ok=True)
         rows = []
-        for name in args.only:  # written down after each, so that an interrupted run leaves its sweeps for --report
+        for name in (
+            args.only
+        ):  # written down after each, so that an interrupted run leaves its sweeps for --report
             rows += run_sweep(name, args)
-            (args.out / "scaling.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+            (args.out / "scaling.jsonl").write_text(
+                "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8"
+            )
     report(args.out, argv)
 
 

@@ -154,7 +154,9 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=positive, default=60)
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the table and the picture")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "results", help="folder for the table and the picture"
+    )
     return parser.parse_args(argv)
 
 
@@ -165,10 +167,14 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         readings, code, output = soak(args.minutes, Path(folder))
     if len(readings) < 40 or code:
-        raise UserError(f"The run ended with exit code {code} after {len(readings)} readings: {output[-800:]}")
+        raise UserError(
+            f"The run ended with exit code {code} after {len(readings)} readings: {output[-800:]}"
+        )
     bars = output.count("\r")
     if not report(readings, code, argv, args.out) or bars:
-        raise UserError(f"Something grows (see the table), or a progress bar was drawn into a file ({bars} times).")
+        raise UserError(
+            f"Something grows (see the table), or a progress bar was drawn into a file ({bars} times)."
+        )
 
 
 if __name__ == "__main__":

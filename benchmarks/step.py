@@ -47,7 +47,9 @@ from errors import UserError, command  # noqa: E402
 from model import build_accelerator, build_optimizer, load_model, load_tokenizer  # noqa: E402
 from reward import load_rewards  # noqa: E402
 
-CACHE = Path.home() / ".cache" / "pocket-grpo" / "conformance"  # where benchmarks/conformance.py --install puts it
+CACHE = (
+    Path.home() / ".cache" / "pocket-grpo" / "conformance"
+)  # where benchmarks/conformance.py --install puts it
 COMMON = [
     "--objective", "grpo", "--clip_eps", "0.2", "--epochs_per_step", "1", "--temperature", "1", "--top_p", "1",
     "--warmup_steps", "0", "--weight_decay", "0", "--max_norm", "1", "--eval_interval", "0", "--steps", "1000000",
@@ -90,14 +92,26 @@ class Talk:
 
     def ready(self, **versions: str) -> None:
         """Everything is loaded."""
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, **versions}
+        versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **versions,
+        }
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.say(versions=versions, loaded_gb=peak_gb(), threads=torch.get_num_threads(), device=device)
+        self.say(
+            versions=versions, loaded_gb=peak_gb(), threads=torch.get_num_threads(), device=device
+        )
 
     def answer(self, seconds: float, tokens: int, spent: dict[str, float]) -> None:
         """A step: its seconds, the tokens that it sampled, the seconds of its parts."""
         parts = {part: spent[part] for part in PARTS if part != "rest"}
-        self.say(seconds=seconds, **parts, rest=seconds - sum(parts.values()), tokens=tokens, peak_gb=peak_gb())
+        self.say(
+            seconds=seconds,
+            **parts,
+            rest=seconds - sum(parts.values()),
+            tokens=tokens,
+            peak_gb=peak_gb(),
+        )
 
 
 def peak_gb() -> float:
@@ -139,7 +153,9 @@ def ours(config: Config, job: dict[str, Any], talk: Talk) -> None:
 def stream(config: Config, tokenizer: Any) -> QuestionStream:
     """The questions in the order that train.py has them in."""
     questions = load_questions(located(config.dataset), "train", config.dataset_config)
-    questions, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    questions, _ = with_prompts(
+        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
+    )
     return QuestionStream(questions, config.seed)
 
 
@@ -184,7 +200,9 @@ class Watch(transformers.TrainerCallback):
         """The optimizer has made its step."""
         seconds, self.inside = now() - self.start, False
         if len(self.tokens) != self.completions:
-            raise UserError(f"TRL sampled {len(self.tokens)} completions in a step, not {self.completions}.")
+            raise UserError(
+                f"TRL sampled {len(self.tokens)} completions in a step, not {self.completions}."
+            )
         update = seconds - self.spent["prepare"]
         self.talk.answer(seconds, sum(self.tokens), self.spent | {"update": update})
 
@@ -211,7 +229,9 @@ class Watch(transformers.TrainerCallback):
             if not counts():
                 return inner(*args, **kwargs)
             if not self.inside:
-                raise UserError(f"TRL called {method} outside a step, so the seconds of its steps mean nothing.")
+                raise UserError(
+                    f"TRL called {method} outside a step, so the seconds of its steps mean nothing."
+                )
             start = now()
             result = inner(*args, **kwargs)
             self.spent[part] += now() - start
@@ -254,7 +274,9 @@ def trl(config: Config, job: dict[str, Any], talk: Talk) -> None:
             model=located(config.model),
             reward_funcs=list(load_rewards(config.reward).values()),
             args=GRPOConfig(**trl_settings(config, job, folder)),
-            train_dataset=Dataset.from_list([{"prompt": q.prompt, "reference": q.reference} for q in questions]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": q.prompt, "reference": q.reference} for q in questions]
+            ),
             processing_class=tokenizer,
             callbacks=[watch],
         )
@@ -272,10 +294,16 @@ def check_prompts(questions: list[Question], trainer: Any) -> None:
     theirs = trainer._tokenize_prompts([q.prompt for q in questions])[0]
     for question, ids in zip(questions, theirs, strict=True):
         if list(ids) != question.prompt_ids:
-            raise UserError(f"TRL reads other tokens in the prompt of {question.question!r}; nothing can be compared.")
+            raise UserError(
+                f"TRL reads other tokens in the prompt of {question.question!r}; nothing can be compared."
+            )
 
 
-CONTENDERS: dict[str, Callable[[Config, dict[str, Any], Talk], None]] = {"ours": ours, "trl": trl, "tutorial": tutorial}
+CONTENDERS: dict[str, Callable[[Config, dict[str, Any], Talk], None]] = {
+    "ours": ours,
+    "trl": trl,
+    "tutorial": tutorial,
+}
 
 
 def work(job: dict[str, Any]) -> None:
@@ -343,7 +371,9 @@ def tuned(python: str, job: dict[str, Any], sequences: int, sizes: list[int]) ->
             if worker:
                 worker.close()
     if not found:
-        raise UserError(f"TRL made no step with any of the batch sizes {sizes} (they must divide {sequences}).")
+        raise UserError(
+            f"TRL made no step with any of the batch sizes {sizes} (they must divide {sequences})."
+        )
     return min(found, key=found.get)
 
 
@@ -354,7 +384,12 @@ def compare(workers: list[Worker], warmup: int, steps: int, log: Path) -> list[d
         for step in range(warmup + steps):
             turn = step % len(workers)
             for worker in workers[turn:] + workers[:turn]:
-                row = {"contender": worker.name, "step": step + 1, "counted": step >= warmup, **worker.step()}
+                row = {
+                    "contender": worker.name,
+                    "step": step + 1,
+                    "counted": step >= warmup,
+                    **worker.step(),
+                }
                 rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
                 print(json.dumps(rows[-1]), file=file, flush=True)
                 print(f"step {step + 1}, {NAMES[worker.name]}: {row['seconds']:.2f} s", flush=True)
@@ -363,7 +398,13 @@ def compare(workers: list[Worker], warmup: int, steps: int, log: Path) -> list[d
 
 def table(rows: list[dict[str, Any]], workers: list[Worker], settings: dict[str, str]) -> list[str]:
     """One line for each contender: medians over its counted steps."""
-    head = ["", "s per step", "÷ ours (by step)", *(part.replace("_", "-") for part in PARTS), "tokens"]
+    head = [
+        "",
+        "s per step",
+        "÷ ours (by step)",
+        *(part.replace("_", "-") for part in PARTS),
+        "tokens",
+    ]
     head += ["tokens/s of rollout", "tokens/s of step", "peak memory, GB (loaded)", "setting"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     base = [row["seconds"] for row in rows if row["contender"] == "ours"]
@@ -377,7 +418,10 @@ def table(rows: list[dict[str, Any]], workers: list[Worker], settings: dict[str,
         cells = [NAMES[worker.name], f"{statistics.median(seconds):.2f}", ratio]
         cells += [f"{statistics.median(row[part] for row in mine):.2f}" for part in PARTS]
         cells.append(f"{statistics.median(row['tokens'] for row in mine):.0f}")
-        cells += [f"{statistics.median(row['tokens'] / row[of] for row in mine):.0f}" for of in ("rollout", "seconds")]
+        cells += [
+            f"{statistics.median(row['tokens'] / row[of] for row in mine):.0f}"
+            for of in ("rollout", "seconds")
+        ]
         cells.append(f"{mine[-1]['peak_gb']:.2f} ({worker.about['loaded_gb']:.2f})")
         lines.append("| " + " | ".join([*cells, settings[worker.name]]) + " |")
     return lines
@@ -395,14 +439,23 @@ def report(
     """The whole of results/step-WORKLOAD.md."""
     versions = {k: v for worker in workers for k, v in worker.about["versions"].items()}
     about, config = workers[0].about, next(iter(configs.values()))
-    place = about["device"] or f"{os.cpu_count()} CPU cores ({platform.machine()}), {about['threads']} threads"
+    place = (
+        about["device"]
+        or f"{os.cpu_count()} CPU cores ({platform.machine()}), {about['threads']} threads"
+    )
     shown, model = map(last_name, args.given), last_name(config.model)
-    settings = {name: f"`micro_batch_size {c.micro_batch_size or 'auto'}`" for name, c in configs.items()}
-    settings["trl"] = f"`per_device_train_batch_size {batch}`" + (", the fastest" if args.tune else "")
+    settings = {
+        name: f"`micro_batch_size {c.micro_batch_size or 'auto'}`" for name, c in configs.items()
+    }
+    settings["trl"] = f"`per_device_train_batch_size {batch}`" + (
+        ", the fastest" if args.tune else ""
+    )
     if args.ours:
         settings["ours"] += f", `{args.ours}`"
     kl = f"KL weight {config.kl_weight:g} to a reference" if config.kl_weight else "no KL"
-    checkpointing = "gradient checkpointing" if config.gradient_checkpointing else "no gradient checkpointing"
+    checkpointing = (
+        "gradient checkpointing" if config.gradient_checkpointing else "no gradient checkpointing"
+    )
     return "\n".join([
         f"`python benchmarks/step.py {shlex.join(shown)}` on {place}, Python {platform.python_version()}; "
         + ", ".join(f"{k} {v}" for k, v in versions.items()), "",
@@ -419,23 +472,45 @@ def report(
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, read and checked."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="bundled")
-    parser.add_argument("--model", help="a folder or hub name, in the place of the workload's; smollm2 needs it")
+    parser.add_argument(
+        "--model", help="a folder or hub name, in the place of the workload's; smollm2 needs it"
+    )
     parser.add_argument("--dataset", help="as train.py's; smollm2 needs it")
-    parser.add_argument("--precision", choices=["bf16", "bf16-pure", "fp32"], help="in the place of the workload's")
+    parser.add_argument(
+        "--precision", choices=["bf16", "bf16-pure", "fp32"], help="in the place of the workload's"
+    )
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--ours", default="", help="train.py's flags for ours alone: --ours='--a 1 --b 2'")
-    parser.add_argument("--tutorial", default="--micro_batch_size 16", help="the same for the tutorial's way")
-    parser.add_argument("--all", default="", help="the same for all contenders, TRL too where it has the setting")
-    parser.add_argument("--trl_batch_size", type=int, default=32, help="TRL's per_device_train_batch_size")
-    parser.add_argument("--tune", action="store_true", help="try the sizes below for TRL and take the fastest")
+    parser.add_argument(
+        "--ours", default="", help="train.py's flags for ours alone: --ours='--a 1 --b 2'"
+    )
+    parser.add_argument(
+        "--tutorial", default="--micro_batch_size 16", help="the same for the tutorial's way"
+    )
+    parser.add_argument(
+        "--all", default="", help="the same for all contenders, TRL too where it has the setting"
+    )
+    parser.add_argument(
+        "--trl_batch_size", type=int, default=32, help="TRL's per_device_train_batch_size"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="try the sizes below for TRL and take the fastest"
+    )
     parser.add_argument("--tune_sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, help="torch's CPU threads (default: its own choice)")
-    parser.add_argument("--env", type=Path, help="a virtual environment with trl (default: that of --install)")
-    parser.add_argument("--install", action="store_true", help="make that environment first, as conformance.py does")
+    parser.add_argument(
+        "--env", type=Path, help="a virtual environment with trl (default: that of --install)"
+    )
+    parser.add_argument(
+        "--install", action="store_true", help="make that environment first, as conformance.py does"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     args = parser.parse_args(argv)
     args.given = argv
@@ -443,7 +518,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be {least} or more.")
     if args.workload == "smollm2" and not (args.model and args.dataset):
-        raise UserError("--workload smollm2 needs --model FOLDER (SmolLM2-135M-Instruct) and --dataset FOLDER (GSM8K).")
+        raise UserError(
+            "--workload smollm2 needs --model FOLDER (SmolLM2-135M-Instruct) and --dataset FOLDER (GSM8K)."
+        )
     if args.workload == "gpu" and not torch.cuda.is_available():
         raise UserError(
             "--workload gpu needs a CUDA GPU and there is none here; bundled and smollm2 run on any machine."
@@ -460,11 +537,19 @@ def flags(args: argparse.Namespace) -> dict[str, list[str]]:
     chosen = {"model": args.model, "dataset": args.dataset, "precision": args.precision}
     same = [*COMMON, *WORKLOADS[args.workload]]
     for name, value in chosen.items():
-        same += [f"--{name}", str(Path(value).expanduser()) if value.startswith("~") else value] if value else []
+        same += (
+            [f"--{name}", str(Path(value).expanduser()) if value.startswith("~") else value]
+            if value
+            else []
+        )
     try:
-        everywhere, ours_alone, tutorial_alone = map(shlex.split, (args.all, args.ours, args.tutorial))
+        everywhere, ours_alone, tutorial_alone = map(
+            shlex.split, (args.all, args.ours, args.tutorial)
+        )
     except ValueError as error:
-        raise UserError(f"--all, --ours and --tutorial take flags as a shell does ({error}).") from error
+        raise UserError(
+            f"--all, --ours and --tutorial take flags as a shell does ({error})."
+        ) from error
     same += everywhere
     return {"ours": same + ours_alone, "trl": same, "tutorial": same + tutorial_alone}
 
@@ -473,9 +558,18 @@ def find_trl(args: argparse.Namespace) -> str | None:
     """An interpreter that has TRL, or None."""
     folder = (args.env or CACHE).expanduser()
     if args.install:  # its --help in the environment, once that is made
-        maker = [sys.executable, str(ROOT / "benchmarks/conformance.py"), "--install", "--env", str(folder), "--help"]
+        maker = [
+            sys.executable,
+            str(ROOT / "benchmarks/conformance.py"),
+            "--install",
+            "--env",
+            str(folder),
+            "--help",
+        ]
         if subprocess.run(maker, stdout=subprocess.DEVNULL).returncode:
-            raise UserError(f"The environment {folder} could not be made; what pip says of it stands above.")
+            raise UserError(
+                f"The environment {folder} could not be made; what pip says of it stands above."
+            )
     inside = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if args.env and not inside.exists():
         raise UserError(f"There is no virtual environment in {args.env}; add --install to make it.")
@@ -503,14 +597,19 @@ def main(argv: list[str]) -> None:
             print(missing.strip(), flush=True)
             names.remove("trl")
             configs.pop("trl")
-    jobs = {n: {"flags": flagged[n], "steps": args.warmup + args.steps, "threads": args.threads} for n in names}
+    jobs = {
+        n: {"flags": flagged[n], "steps": args.warmup + args.steps, "threads": args.threads}
+        for n in names
+    }
     batch, workers = args.trl_batch_size, []
     if "trl" in names:
         sequences = configs["trl"].sequences_per_step
         if args.tune:
             batch = tuned(pythons["trl"], jobs["trl"] | {"steps": 3}, sequences, args.tune_sizes)
         elif sequences % batch:
-            raise UserError(f"--trl_batch_size {batch} does not divide the {sequences} completions of a step.")
+            raise UserError(
+                f"--trl_batch_size {batch} does not divide the {sequences} completions of a step."
+            )
         jobs["trl"]["batch"] = batch
     args.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -43,7 +43,10 @@ def autocast(model: nn.Module, config: Config) -> torch.autocast:
 def sample(model: nn.Module, tokenizer: Any, question: Question, config: Config) -> list[list[int]]:
     """`group_size` completions of one question, each up to and including its end token."""
     own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *([] if own is None else [own] if isinstance(own, int) else own)}
+    ends = {
+        tokenizer.eos_token_id,
+        *([] if own is None else [own] if isinstance(own, int) else own),
+    }
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=True, temperature=config.temperature, top_p=config.top_p,
         top_k=0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0, num_beams=1, use_cache=True,
@@ -51,27 +54,44 @@ def sample(model: nn.Module, tokenizer: Any, question: Question, config: Config)
     )  # fmt: skip
     prompt = torch.tensor([question.prompt_ids] * config.group_size, device=model.device)
     with autocast(model, config):
-        output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+        output = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+        )
     rows = output[:, prompt.shape[1] :].tolist()
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in rows]
+    return [
+        row[: next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in rows
+    ]
 
 
 def scores(
-    rewards: dict[str, Callable], question: Question, completions: list[list[int]], tokenizer: Any, config: Config
+    rewards: dict[str, Callable],
+    question: Question,
+    completions: list[list[int]],
+    tokenizer: Any,
+    config: Config,
 ) -> Tensor:
     """The weighted sum of the rewards of one group, float32 (group_size,)."""
     count, columns = len(completions), question.columns | {"reference": question.reference}
     columns = {name: [value] * count for name, value in columns.items()}
     columns |= {"completion_ids": completions, "max_new_tokens": config.max_new_tokens}
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return reward.score(rewards, config.reward_weights, [question.prompt] * count, texts, columns)[0]
+    return reward.score(rewards, config.reward_weights, [question.prompt] * count, texts, columns)[
+        0
+    ]
 
 
-def sequences_log_probs(model: nn.Module, sequences: Tensor, attention_mask: Tensor, config: Config) -> Tensor:
+def sequences_log_probs(
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, config: Config
+) -> Tensor:
     """Log-probability of every token but the first, (rows, S − 1), from the logits of all of them."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with autocast(model, config):
-        output = model(input_ids=sequences, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        output = model(
+            input_ids=sequences,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        )
     log_probs = torch.log_softmax(output.logits[:, :-1].float() / config.temperature, -1)
     return log_probs.gather(-1, sequences[:, 1:, None]).squeeze(-1)
 
@@ -83,25 +103,41 @@ def remember(
 ) -> list[Row]:  # fmt: skip
     """The group as rows, with what the policy that sampled and the reference say of its tokens."""
     start, width = len(question.prompt_ids), max(map(len, completions))
-    sequences = torch.tensor([question.prompt_ids + c + [0] * (width - len(c)) for c in completions])
+    sequences = torch.tensor(
+        [question.prompt_ids + c + [0] * (width - len(c)) for c in completions]
+    )
     lengths = torch.tensor([start + len(c) for c in completions])[:, None]
     places = torch.arange(start + width)
-    attention_mask, action_mask = (places < lengths).long(), ((places >= start) & (places < lengths))[:, 1:]
+    attention_mask, action_mask = (
+        (places < lengths).long(),
+        ((places >= start) & (places < lengths))[:, 1:],
+    )
     inputs = sequences.to(model.device), attention_mask.to(model.device), config
     old = sequences_log_probs(model, *inputs).cpu()
-    ref = torch.zeros_like(old) if reference is None else sequences_log_probs(reference, *inputs).cpu()
-    advantages = (returns - returns.mean()) / (returns.std() + 1e-4) * (returns.max() > returns.min())
+    ref = (
+        torch.zeros_like(old)
+        if reference is None
+        else sequences_log_probs(reference, *inputs).cpu()
+    )
+    advantages = (
+        (returns - returns.mean()) / (returns.std() + 1e-4) * (returns.max() > returns.min())
+    )
     return list(map(Row, sequences, attention_mask, action_mask, old, ref, advantages))
 
 
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], config: Config) -> tuple[float, float]:
+def learn(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], config: Config
+) -> tuple[float, float]:
     """One optimizer step over all rows, in micro-batches; returns the loss and the norm of its gradient."""
     model.train()
     total = 0.0
     for start in range(0, len(rows), config.micro_batch):
         part = rows[start : start + config.micro_batch]
         columns = list(zip(*part, strict=True))
-        padded = [pad_sequence(c, batch_first=True, padding_side="left").to(model.device) for c in columns[:5]]
+        padded = [
+            pad_sequence(c, batch_first=True, padding_side="left").to(model.device)
+            for c in columns[:5]
+        ]
         sequences, attention_mask, mask, old, ref = padded
         advantages = torch.stack(columns[5]).to(model.device)[:, None]
         new = sequences_log_probs(model, sequences, attention_mask, config)
@@ -142,7 +178,9 @@ def step(
     for question in questions:
         completions = timed("rollout", sample, model, tokenizer, question, config)
         returns = scores(rewards, question, completions, tokenizer, config)
-        buffer += timed("log_probs", remember, model, reference, question, completions, returns, config)
+        buffer += timed(
+            "log_probs", remember, model, reference, question, completions, returns, config
+        )
         tokens += sum(map(len, completions))
     order = torch.randperm(len(buffer)).tolist()
     loss, norm = timed("update", learn, model, optimizer, [buffer[i] for i in order], config)

@@ -33,7 +33,13 @@ def shown(value: Any) -> str:
         return "–"
     if value == SYSTEM_PROMPT:
         return "a prompt for the two tags"
-    return "empty" if value == "" else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (
+        "empty"
+        if value == ""
+        else " ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
 
 
 def files() -> str:
@@ -53,13 +59,18 @@ FIRST = (
 
 def knobs(chosen: tuple[str, ...] = ()) -> str:
     """Each knob (of the chosen) with its meaning, its default and, where it differs, its value in the preset tiny."""
-    lines = ["| knob | meaning (source) | default, preset `gsm8k` | preset `tiny` |", "|---|---|---|---|"]
+    lines = [
+        "| knob | meaning (source) | default, preset `gsm8k` | preset `tiny` |",
+        "|---|---|---|---|",
+    ]
     defaults, tiny = Config(), PRESETS["tiny"]
     for field in fields(Config):
         if chosen and field.name not in chosen:
             continue
         other = shown(tiny[field.name]) if field.name in tiny else ""
-        default = "auto" if field.name == "micro_batch_size" else shown(getattr(defaults, field.name))
+        default = (
+            "auto" if field.name == "micro_batch_size" else shown(getattr(defaults, field.name))
+        )
         lines.append(f"| `--{field.name}` | {field.metadata['help']} | {default} | {other} |")
     return "\n".join(lines)
 
@@ -95,7 +106,12 @@ def methods() -> str:
 def alarms() -> str:
     """Each alarm with its metric, its condition and its sentence."""
     lines = ["| alarm | looks at | sounds when | says |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | `{a.metric}` | {a.when} | {a.advice} |" for name, a in ALARMS.items())])
+    return "\n".join(
+        [
+            *lines,
+            *(f"| {name} | `{a.metric}` | {a.when} | {a.advice} |" for name, a in ALARMS.items()),
+        ]
+    )
 
 
 def measured(family: str) -> str:

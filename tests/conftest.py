@@ -50,7 +50,11 @@ def few_questions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     FEW.append(folder)
     for split, count in (("train", 200), ("test", 30)):
-        lines = (ROOT / "tiny" / "task" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (
+            (ROOT / "tiny" / "task" / f"{split}.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines(keepends=True)
+        )
         (folder / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
     return folder
 

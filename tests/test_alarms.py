@@ -41,7 +41,9 @@ def test_each_alarm_sounds_and_no_other(name):
 
 def test_the_documents_thresholds():
     for name, limit in (("kl", 0.1), ("clipped", 0.3), ("no_spread", 0.8)):
-        assert watched(name, [limit - 0.001] * 10)[-1] == [] and watched(name, [limit + 0.001] * 10)[-1] == [name]
+        assert watched(name, [limit - 0.001] * 10)[-1] == [] and watched(
+            name, [limit + 0.001] * 10
+        )[-1] == [name]
     for name, word in (
         ("kl", "raise kl_weight or lower lr"),
         ("no_spread", "--dynamic_sampling"),
@@ -59,7 +61,9 @@ def test_a_spike_is_no_alarm():
 
 def first(values, bad=has_fallen):
     """The step at which an alarm first sounds, or None."""
-    return next((n for n in range(1, len(values) + 1) if bad(values[max(0, n - LONGEST) : n])), None)
+    return next(
+        (n for n in range(1, len(values) + 1) if bad(values[max(0, n - LONGEST) : n])), None
+    )
 
 
 def test_a_noisy_reward_that_does_not_fall_is_left_alone():
@@ -82,7 +86,9 @@ def test_a_reward_that_falls_is_noticed_wherever_it_does(good):
     assert good < first([0.5] * good + [0.0] * 60) <= good + 16
     chance = random.Random(1)
     falls = [
-        [chance.gauss(0.5, 0.1) for _ in range(good)] + [chance.gauss(0.05, 0.04) for _ in range(60)] for _ in range(20)
+        [chance.gauss(0.5, 0.1) for _ in range(good)]
+        + [chance.gauss(0.05, 0.04) for _ in range(60)]
+        for _ in range(20)
     ]
     assert all(first(values) for values in falls if good > 4)
 
@@ -90,7 +96,10 @@ def test_a_reward_that_falls_is_noticed_wherever_it_does(good):
 def test_steps_without_a_spread_make_no_gradient_alarm():
     """With a KL they have a gradient too, a hundredth of the others'."""
     chance = random.Random(0)
-    runs = [[0.5 + 0.1 * chance.random() if chance.random() < 0.4 else 0.005 for _ in range(100)] for _ in range(50)]
+    runs = [
+        [0.5 + 0.1 * chance.random() if chance.random() < 0.4 else 0.005 for _ in range(100)]
+        for _ in range(50)
+    ]
     assert sum(first(values, has_jumped) is not None for values in runs) <= 2
 
 
@@ -117,14 +126,21 @@ def test_each_limit_from_both_sides(name):
 
 def test_missing_metrics_are_no_alarm():
     assert sounding(ALARMS, [{"eval/accuracy": 0.0}]) == []
-    assert sounding(ALARMS, [HEALTHY | {"train/kl_divergence": 9.0}] * 5 + [{"eval/accuracy": 0.0}]) == []
+    assert (
+        sounding(ALARMS, [HEALTHY | {"train/kl_divergence": 9.0}] * 5 + [{"eval/accuracy": 0.0}])
+        == []
+    )
 
 
 def test_alarms_that_mean_nothing_are_left_out():
     every = set(ALARMS)
     assert set(alarms_for(OBJECTIVES["grpo"], 1.0)) == every
-    assert set(alarms_for(OBJECTIVES["gspo"], 1.0)) == every - {"clipped"}, "its narrow clip takes most, by design"
-    assert set(alarms_for(OBJECTIVES["grpo"], 0.9)) == every - {"sampler"}, "a nucleus is a known gap"
+    assert set(alarms_for(OBJECTIVES["gspo"], 1.0)) == every - {"clipped"}, (
+        "its narrow clip takes most, by design"
+    )
+    assert set(alarms_for(OBJECTIVES["grpo"], 0.9)) == every - {"sampler"}, (
+        "a nucleus is a known gap"
+    )
 
 
 def test_the_demo_raises_none():

@@ -154,12 +154,20 @@ def test_find_answer():
 
 
 def test_strict_and_flexible():
-    assert not is_correct("The answer is 72.", "72") and is_correct_flexible("48+24 makes 72.", "72")
+    assert not is_correct("The answer is 72.", "72") and is_correct_flexible(
+        "48+24 makes 72.", "72"
+    )
     assert not is_correct_flexible("72 and then 71", "72")
-    assert is_correct_flexible("the total is 1,000, all told", "1000") and is_correct_flexible("from 48 - 24", "24")
-    assert not is_correct_flexible("172 " + "x" * 1998, "72") and not is_correct_flexible("172" + "x " * 999, "72")
+    assert is_correct_flexible("the total is 1,000, all told", "1000") and is_correct_flexible(
+        "from 48 - 24", "24"
+    )
+    assert not is_correct_flexible("172 " + "x" * 1998, "72") and not is_correct_flexible(
+        "172" + "x " * 999, "72"
+    )
     assert not is_correct_flexible("72 <answer>71</answer>", "72"), "where there is a tag it counts"
-    assert is_correct_flexible("<answer>72</answer> 5", "72") and not is_correct_flexible("no number", "72")
+    assert is_correct_flexible("<answer>72</answer> 5", "72") and not is_correct_flexible(
+        "no number", "72"
+    )
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

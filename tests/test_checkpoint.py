@@ -24,7 +24,9 @@ def saved(tmp_path, model, tokenizer):
 
     def save(step, **knobs):
         state = TrainerState(step, 8 * step, {"step": step})
-        return save_checkpoint(tmp_path, state, model, tokenizer, Config(preset="tiny", model="tiny/model", **knobs))
+        return save_checkpoint(
+            tmp_path, state, model, tokenizer, Config(preset="tiny", model="tiny/model", **knobs)
+        )
 
     return save
 
@@ -43,26 +45,51 @@ def flip(file, place=-100):
 def test_the_sums_are_those_of_sha256sum(saved, tmp_path):
     folder = saved(3)
     lines = (folder / SUMS).read_text().splitlines()
-    assert sorted(line[66:] for line in lines) == sorted(p.name for p in folder.iterdir() if p.name != SUMS)
+    assert sorted(line[66:] for line in lines) == sorted(
+        p.name for p in folder.iterdir() if p.name != SUMS
+    )
     for line in lines:
         assert hashlib.sha256((folder / line[66:]).read_bytes()).hexdigest() == line[:64]
-    found = subprocess.run(["sha256sum", "--strict", "-c", SUMS], cwd=folder, capture_output=True, text=True)
+    found = subprocess.run(
+        ["sha256sum", "--strict", "-c", SUMS], cwd=folder, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stderr
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
 
 
 BROKEN = {
-    "a bit of the weights": (lambda f: flip(f / "model.safetensors"), "model.safetensors is not what was written"),
-    "a bit of the optimizer": (lambda f: flip(f / "trainer_state.pt"), "trainer_state.pt is not what was written"),
-    "a bit of the sums": (lambda f: flip(f / SUMS, 0), "chat_template.jinja is not what was written"),
-    "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors is not what was"),
-    "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors is not what was written"),
+    "a bit of the weights": (
+        lambda f: flip(f / "model.safetensors"),
+        "model.safetensors is not what was written",
+    ),
+    "a bit of the optimizer": (
+        lambda f: flip(f / "trainer_state.pt"),
+        "trainer_state.pt is not what was written",
+    ),
+    "a bit of the sums": (
+        lambda f: flip(f / SUMS, 0),
+        "chat_template.jinja is not what was written",
+    ),
+    "weights cut short": (
+        lambda f: os.truncate(f / "model.safetensors", 1000),
+        "model.safetensors is not what was",
+    ),
+    "empty weights": (
+        lambda f: os.truncate(f / "model.safetensors", 0),
+        "model.safetensors is not what was written",
+    ),
     "a file is gone": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "the sums are gone": (lambda f: (f / SUMS).unlink(), "SHA256SUMS cannot be read"),
     "the sums are empty": (lambda f: (f / SUMS).write_text(""), "SHA256SUMS is empty"),
     "the sums are cut short": (lambda f: os.truncate(f / SUMS, 40), "SHA256SUMS is cut short"),
-    "the sums are binary": (lambda f: (f / SUMS).write_bytes(b"\xff\xfe\x00"), "SHA256SUMS cannot be read"),
-    "another config": (lambda f: (f / "config.yaml").write_text("preset: tiny\n"), "config.yaml is not what was"),
+    "the sums are binary": (
+        lambda f: (f / SUMS).write_bytes(b"\xff\xfe\x00"),
+        "SHA256SUMS cannot be read",
+    ),
+    "another config": (
+        lambda f: (f / "config.yaml").write_text("preset: tiny\n"),
+        "config.yaml is not what was",
+    ),
 }
 
 
@@ -108,7 +135,9 @@ class Boom:
         return os.mkdir, ("boom",)
 
 
-@pytest.mark.parametrize("write", [pickle.dump, lambda thing, file: torch.save({"step": thing}, file)])
+@pytest.mark.parametrize(
+    "write", [pickle.dump, lambda thing, file: torch.save({"step": thing}, file)]
+)
 def test_nothing_is_unpickled(saved, tmp_path, monkeypatch, write):
     """A stranger's folder, with sums that agree: torch's loader for plain tensors refuses what is not one."""
     monkeypatch.chdir(tmp_path)
@@ -158,7 +187,9 @@ def test_a_write_that_fails_anywhere_leaves_the_others(saved, tmp_path, monkeypa
             for name, function in real.items():
                 monkeypatch.setattr(checkpoint, name, function)
             assert damage(good) is None and not list(tmp_path.glob(".*"))
-            if names(tmp_path)[-1] == "checkpoint-4":  # only the last sync failed: what is there is whole
+            if (
+                names(tmp_path)[-1] == "checkpoint-4"
+            ):  # only the last sync failed: what is there is whole
                 assert damage(tmp_path / "checkpoint-4") is None
                 discard(tmp_path / "checkpoint-4")
             continue
@@ -170,17 +201,30 @@ def test_everything_is_on_the_disk_before_it_has_its_name(saved, tmp_path, monke
     """Each file is synced before its hash is written, the hashes before the name, and the name at last."""
     done = []
     real_sync, real_rename, real_sha = checkpoint.sync, type(tmp_path).rename, checkpoint.sha256
-    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("sync", os.readlink(f"/proc/self/fd/{handle}"))))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: done.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+    )
     monkeypatch.setattr(checkpoint, "sync", lambda path: real_sync(path))
-    monkeypatch.setattr(checkpoint, "sha256", lambda file: (done.append(("hash", str(file))), real_sha(file))[1])
-    monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (done.append(("rename", str(a))), real_rename(a, b))[1])
+    monkeypatch.setattr(
+        checkpoint, "sha256", lambda file: (done.append(("hash", str(file))), real_sha(file))[1]
+    )
+    monkeypatch.setattr(
+        type(tmp_path),
+        "rename",
+        lambda a, b: (done.append(("rename", str(a))), real_rename(a, b))[1],
+    )
     final = saved(3)
     partial = str(tmp_path / ".checkpoint-3.partial")
     files = [f"{partial}/{p.name}" for p in final.iterdir() if p.name != SUMS]
     assert len(files) >= 5
     for file in files:
         assert done.index(("sync", file)) < done.index(("hash", file))
-    last = [("sync", f"{partial}/{SUMS}"), ("sync", partial), ("rename", partial), ("sync", str(tmp_path))]
+    last = [
+        ("sync", f"{partial}/{SUMS}"),
+        ("sync", partial),
+        ("rename", partial),
+        ("sync", str(tmp_path)),
+    ]
     assert [step for step in done if step in last] == last and done[-4:] == last
 
 
@@ -204,11 +248,15 @@ def test_links_and_files_with_a_checkpoints_name(tiny_run, tmp_path):
     (folder / "checkpoint-3").write_text("hi")
     (folder / ".checkpoint-9.deleted").symlink_to(tmp_path / "elsewhere")
     tiny_run("a", f"--resume={folder}", "--steps=4", "--keep_checkpoints=2")
-    assert names(folder) == ["checkpoint-3", "checkpoint-4"] and damage(tmp_path / "elsewhere") is None
+    assert (
+        names(folder) == ["checkpoint-3", "checkpoint-4"] and damage(tmp_path / "elsewhere") is None
+    )
     assert not list(folder.glob(".checkpoint*"))
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(saved, tmp_path, monkeypatch, capsys):
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(
+    saved, tmp_path, monkeypatch, capsys
+):
     for step in (1, 2):
         saved(step)
 
@@ -219,7 +267,10 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(saved, tmp_path,
     monkeypatch.setattr(checkpoint, "remove", busy)
     saved(3, keep_checkpoints=1)
     checkpoint.sweep(tmp_path)
-    assert capsys.readouterr().out.count("checkpoint-1 cannot be deleted: Device or resource busy") == 1
+    assert (
+        capsys.readouterr().out.count("checkpoint-1 cannot be deleted: Device or resource busy")
+        == 1
+    )
     assert names(tmp_path)[-1] == "checkpoint-3"
     (tmp_path / ".checkpoint-1.deleted").mkdir()
     checkpoint.sweep(tmp_path)
@@ -245,7 +296,9 @@ def test_what_a_killed_process_left_is_swept(tiny_run):
     assert not list(folder.glob(".checkpoint*")) and names(folder)[-1] == "checkpoint-3"
 
 
-@pytest.mark.parametrize(("done", "words"), [(False, "in use by another process"), (True, "is not empty")])
+@pytest.mark.parametrize(
+    ("done", "words"), [(False, "in use by another process"), (True, "is not empty")]
+)
 def test_two_processes_that_begin_at_once(tmp_path, monkeypatch, done, words):
     """The second comes between the first one's look at the folder and its lock, and is still at work, or done."""
     config = Config(preset="tiny", run_dir=str(tmp_path / "run"))
@@ -272,7 +325,10 @@ def test_a_damaged_checkpoint_as_the_model_of_another_run(tiny_run, tmp_path, ca
     flip(folder / "checkpoint-2" / "model.safetensors")
     with pytest.raises(SystemExit):
         tiny_run("b", f"--model={folder}/checkpoint-2")
-    assert "model.safetensors is not what was written" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    assert (
+        "model.safetensors is not what was written" in capsys.readouterr().err
+        and not (tmp_path / "b").exists()
+    )
 
 
 def test_a_new_run_that_cannot_write_leaves_no_folder(tmp_path, monkeypatch):
@@ -314,7 +370,9 @@ def test_a_disk_that_takes_no_more(tmp_path):
         "--train_batch_size=4",
     ]
     flags += ["--max_new_tokens=4", "--eval_interval=0", f"--run_dir={tmp_path}/run"]
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Cannot write" in errors[0] and "Traceback" not in done.stderr
@@ -325,12 +383,16 @@ def test_a_disk_that_takes_no_more(tmp_path):
 def small_disk(tmp_path):
     """A file system of its own of a given size, for one script; needs the right to mount in a namespace of its own."""
     if not CAN_MOUNT:
-        pytest.skip("this system does not let a process mount a file system of its own; see the test before this one")
+        pytest.skip(
+            "this system does not let a process mount a file system of its own; see the test before this one"
+        )
 
     def run(size, script):
         (tmp_path / "disk").mkdir(exist_ok=True)
         script = f"set -e; mount -t tmpfs -o size={size} tmpfs {tmp_path}/disk; D={tmp_path}/disk; {script}"
-        return subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True
+        )
 
     return run
 
@@ -349,9 +411,15 @@ def test_a_full_disk(small_disk, tmp_path):
         {sys.executable} train.py --resume $D/run; mv $D/run {tmp_path}/resumed"""
     done = small_disk("15m", code)
     assert done.returncode == 0, done.stderr
-    assert "code 2" in done.stderr and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert (
+        "code 2" in done.stderr
+        and done.stderr.count("error: ") == 1
+        and "Traceback" not in done.stderr
+    )
     assert "were free); make room, then go on with --resume" in done.stderr
-    assert "Checkpoints that are there: checkpoint-1" in done.stderr and ".partial" not in done.stderr
+    assert (
+        "Checkpoints that are there: checkpoint-1" in done.stderr and ".partial" not in done.stderr
+    )
     train.main(TRAIN.replace("$D/run", str(tmp_path / "whole")).split()[2:])
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
     names = [tmp_path / run / "checkpoint-4" / "model.safetensors" for run in ("resumed", "whole")]
@@ -360,6 +428,11 @@ def test_a_full_disk(small_disk, tmp_path):
 
 def test_a_disk_that_is_full_of_logs(small_disk):
     """TensorBoard's file, or the metrics, whichever is first."""
-    done = small_disk("60k", f"{TRAIN.replace('--steps 4', '--steps 40')} --checkpoint_interval 0 || exit $?")
+    done = small_disk(
+        "60k", f"{TRAIN.replace('--steps 4', '--steps 40')} --checkpoint_interval 0 || exit $?"
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error: Cannot write")]) == 1
+    assert (
+        len([line for line in done.stderr.splitlines() if line.startswith("error: Cannot write")])
+        == 1
+    )

@@ -16,7 +16,18 @@ def test_presets_and_flags():
     for name in PRESETS:
         assert parse_config(["--preset", name])[0].preset == name
     config, _ = parse_config(
-        ["--preset", "tiny", "--lr", "1e-5", "--reward", "accuracy", "format", "--reward_weights", "1", "0.5"]
+        [
+            "--preset",
+            "tiny",
+            "--lr",
+            "1e-5",
+            "--reward",
+            "accuracy",
+            "format",
+            "--reward_weights",
+            "1",
+            "0.5",
+        ]
     )
     assert (config.lr, config.reward, config.reward_weights, config.group_size) == (
         1e-5,
@@ -34,12 +45,17 @@ def test_another_objective_is_its_whole_row(tmp_path):
     assert parse_config(["--preset", "tiny", "--objective", "rloo"])[0].kl_weight is None
     run = tmp_path / "run"
     run.mkdir()
-    parse_config(["--objective", "dapo", "--clip_eps_high", "0.35", "--run_dir", str(run)])[0].save(run / "config.yaml")
+    parse_config(["--objective", "dapo", "--clip_eps_high", "0.35", "--run_dir", str(run)])[0].save(
+        run / "config.yaml"
+    )
     for flag in (["--config", str(run / "config.yaml")], ["--resume", str(run)]):
         assert parse_config(flag)[0].clip_eps_high == 0.35
         assert parse_config([*flag, "--objective", "dapo"])[0].clip_eps_high == 0.35
         assert parse_config([*flag, "--objective", "gspo"])[0].clip_eps_high is None
-        assert parse_config([*flag, "--objective", "gspo", "--clip_eps_high", "0.1"])[0].clip_eps_high == 0.1
+        assert (
+            parse_config([*flag, "--objective", "gspo", "--clip_eps_high", "0.1"])[0].clip_eps_high
+            == 0.1
+        )
 
 
 def test_every_column_of_an_objective_is_a_knob():
@@ -50,27 +66,40 @@ def test_every_column_of_an_objective_is_a_knob():
 
 def test_the_tutorials_numbers():
     c = Config()
-    assert (c.seed, c.lr, c.train_batch_size, c.group_size, c.rollouts_per_step) == (42, 5e-6, 16, 12, 32)
+    assert (c.seed, c.lr, c.train_batch_size, c.group_size, c.rollouts_per_step) == (
+        42,
+        5e-6,
+        16,
+        12,
+        32,
+    )
     row = OBJECTIVES[c.objective]
     assert (c.epochs_per_step, c.temperature, c.top_p, c.max_norm) == (1, 1.0, 1.0, 1.0)
     assert (row.clip_eps, row.eps_high, row.kl_weight, row.kl_estimator) == (0.2, 0.2, 0.01, "k3")
     assert c.max_prompt_tokens + c.max_new_tokens == 1024 and c.checkpoint_interval == 20
     assert (
-        c.arithmetic == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in 1 micro-batch of 16"
+        c.arithmetic
+        == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in 1 micro-batch of 16"
     )
 
 
 def test_a_saved_config_runs_again(tmp_path):
-    config, _ = parse_config(["--preset", "tiny", "--lr", "3e-5", "--clip_eps_high", "0.3", "--run_dir", "runs/x"])
+    config, _ = parse_config(
+        ["--preset", "tiny", "--lr", "3e-5", "--clip_eps_high", "0.3", "--run_dir", "runs/x"]
+    )
     config.save(tmp_path / "config.yaml")
     again, _ = parse_config(["--config", str(tmp_path / "config.yaml"), "--seed", "7"])
     assert again == dataclasses.replace(config, seed=7, run_dir="")
     resumed, others = parse_config(["--run_dir", str(tmp_path), "--resume"])
-    assert resumed == dataclasses.replace(config, run_dir=str(tmp_path)) and others["resume"] == str(tmp_path)
+    assert resumed == dataclasses.replace(config, run_dir=str(tmp_path)) and others[
+        "resume"
+    ] == str(tmp_path)
     assert parse_config(["--resume", str(tmp_path)])[0] == resumed
     (tmp_path / "hand.yaml").write_text("preset: tiny\nlr: 1e-5\nkl_weight: 0\n")
     by_hand, _ = parse_config(["--config", str(tmp_path / "hand.yaml")])
-    assert (by_hand.lr, by_hand.kl_weight) == (1e-5, 0.0), "YAML reads 1e-5 as text and 0 as an integer"
+    assert (by_hand.lr, by_hand.kl_weight) == (1e-5, 0.0), (
+        "YAML reads 1e-5 as text and 0 as an integer"
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,14 @@ def test_formats(tmp_path):
     import pyarrow.parquet
 
     write(tmp_path / "train.jsonl", *rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / "test-00000-of-00001.parquet"
+    )
     for split in ("train", "test"):
         (q,) = load_questions(str(tmp_path), split)
-        assert (q.question, q.reference, q.solution) == ("q1", "1,000", "a\nb #### c"), "after the last ####"
+        assert (q.question, q.reference, q.solution) == ("q1", "1,000", "a\nb #### c"), (
+            "after the last ####"
+        )
         assert q.columns["colour"] == "red"
     (same,) = load_questions(str(tmp_path / "train.jsonl"), "test")
     assert same.question == "q1"
@@ -45,7 +49,10 @@ def test_chinese_gsm8k(tmp_path):
         ("{", "line 2: not valid JSON"),
         ("[1]", "line 2: a row must be an object"),
         ('{"answer": "#### 1"}', "line 2: the column question is missing"),
-        ('{"question": " ", "answer": "#### 1"}', "line 2: the column question is missing or empty"),
+        (
+            '{"question": " ", "answer": "#### 1"}',
+            "line 2: the column question is missing or empty",
+        ),
         ('{"question": "q"}', "line 2: the column answer is missing"),
         ('{"question": "q", "answer": 5}', "line 2: the column answer is missing or is not text"),
         ('{"question": "q", "answer": "no marker"}', "line 2: answer has no '#### ' line"),
@@ -126,7 +133,9 @@ def test_prompts_of_other_templates(tokenizer):
     template = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ m.content }}]{% endfor %}"
-        assert build_prompt("Q", tokenizer, "S") == "[S\n\nQ]", "no system role: in front of the question"
+        assert build_prompt("Q", tokenizer, "S") == "[S\n\nQ]", (
+            "no system role: in front of the question"
+        )
         tokenizer.chat_template = None
         assert build_prompt("Q", tokenizer, "S") == "S\n\nQuestion: Q\n\nAnswer:"
     finally:

@@ -24,7 +24,13 @@ def test_evaluation_leaves_the_random_numbers_alone(model, tokenizer):
     from config import parse_config
 
     config, _ = parse_config(
-        ["--preset=tiny", "--device=cpu", "--eval_questions=5", "--eval_samples=3", "--max_new_tokens=4"]
+        [
+            "--preset=tiny",
+            "--device=cpu",
+            "--eval_questions=5",
+            "--eval_samples=3",
+            "--max_new_tokens=4",
+        ]
     )
     questions = evaluate.held_out_questions(config, tokenizer)
     assert len(questions) == 5
@@ -46,15 +52,30 @@ def test_commands_on_a_run(tiny_run, capsys):
     printed = capsys.readouterr().out
     last = metrics(folder)[-1]
     assert "on 20 held-out questions" in printed
-    assert f"{last['eval/accuracy']:8.4f}" in printed and f"{last['eval/completion_tokens']:8.4f}" in printed
-    evaluate.main(["--model", str(folder / "checkpoint-2"), "--eval_questions", "7", "--eval_samples", "2"])
+    assert (
+        f"{last['eval/accuracy']:8.4f}" in printed
+        and f"{last['eval/completion_tokens']:8.4f}" in printed
+    )
+    evaluate.main(
+        ["--model", str(folder / "checkpoint-2"), "--eval_questions", "7", "--eval_samples", "2"]
+    )
     printed = capsys.readouterr().out
     assert "on 7 held-out questions" in printed and "eval/pass_at_k" in printed
 
-    run.main(["--model", str(folder), "--question", "Tom has 5 apples. Tom loses 2. How many apples does Tom have?"])
+    run.main(
+        [
+            "--model",
+            str(folder),
+            "--question",
+            "Tom has 5 apples. Tom loses 2. How many apples does Tom have?",
+        ]
+    )
     printed = capsys.readouterr().out
     assert (
-        "tiny/model" in printed and "checkpoint-4" in printed and "reasoning" in printed and "reference" not in printed
+        "tiny/model" in printed
+        and "checkpoint-4" in printed
+        and "reasoning" in printed
+        and "reference" not in printed
     )
     run.main(["--model", str(folder)])
     printed = capsys.readouterr().out
@@ -64,7 +85,11 @@ def test_commands_on_a_run(tiny_run, capsys):
 def test_commands_refuse(tmp_path, capsys):
     for main, argv, message in [
         (run.main, ["--preset=tiny", "--model=nowhere", "--question=x"], "Cannot load"),
-        (run.main, ["--preset=tiny", "--question=" + "Tom " * 500], "longer than --max_prompt_tokens"),
+        (
+            run.main,
+            ["--preset=tiny", "--question=" + "Tom " * 500],
+            "longer than --max_prompt_tokens",
+        ),
         (evaluate.main, ["--preset=tiny", "--eval_question=3"], "did you mean --eval_questions?"),
         (sft.main, ["--preset=tiny", "--lr=-1"], "--lr is -1"),
     ]:
@@ -76,10 +101,18 @@ def test_commands_refuse(tmp_path, capsys):
 def test_sft_teaches_the_datasets_own_solutions(tmp_path, capsys):
     """Ten supervised steps on the bundled task's GSM8K-style solutions: the loss of such solutions falls."""
     folder = tmp_path / "warm"
-    flags = ["--preset=tiny", "--device=cpu", "--train_batch_size=16", "--micro_batch_size=8", "--lr=1e-3"]
+    flags = [
+        "--preset=tiny",
+        "--device=cpu",
+        "--train_batch_size=16",
+        "--micro_batch_size=8",
+        "--lr=1e-3",
+    ]
     sft.main([*flags, "--steps=10", f"--run_dir={folder}"])
     tokenizer = load_tokenizer(str(folder / "model"))
-    questions = sft.with_prompts(sft.load_questions("tiny/task", "test"), tokenizer, "", 128)[0][:50]
+    questions = sft.with_prompts(sft.load_questions("tiny/task", "test"), tokenizer, "", 128)[0][
+        :50
+    ]
     assert sft.target(questions[0]).startswith("<think>") and "<<" not in sft.target(questions[0])
     batch = sft.pad_batch([sft.example(q, tokenizer, 48) for q in questions])
     assert (batch.sequences[0] == tokenizer.eos_token_id).any(), "it learns to stop"

@@ -25,7 +25,11 @@ WHY_NOT = {
 def small(name):
     """With windows shorter than the rows, and the vocabulary of the bundled tokenizer."""
     known = FAMILIES | OTHERS
-    return family(name, known[name] | {"vocab_size": 121, "pad_token_id": 1}) if name in known else build(name)
+    return (
+        family(name, known[name] | {"vocab_size": 121, "pad_token_id": 1})
+        if name in known
+        else build(name)
+    )
 
 
 @pytest.mark.parametrize("name", PEOPLE_USE)
@@ -61,19 +65,26 @@ def test_what_cannot_work_says_so(name, tmp_path, capsys):
 def test_a_model_that_needs_more_than_text(tmp_path, capsys):
     """XMOD wants to be told a language before its first forward pass."""
     make_folder(build("xmod"), tmp_path)
-    assert "does not work as a language model of text alone (ValueError: Input language unknown" in refused(
-        tmp_path, capsys
+    assert (
+        "does not work as a language model of text alone (ValueError: Input language unknown"
+        in refused(tmp_path, capsys)
     )
 
 
 def test_a_model_without_gradient_checkpointing(tmp_path, capsys):
     make_folder(build("ctrl"), tmp_path)
-    assert "give --gradient_checkpointing false" in refused(tmp_path, capsys, "--gradient_checkpointing=true")
+    assert "give --gradient_checkpointing false" in refused(
+        tmp_path, capsys, "--gradient_checkpointing=true"
+    )
 
 
-@pytest.mark.parametrize("damage", [{"hidden_size": "many"}, {"num_attention_heads": 0}, {"rope_parameters": 3}])
+@pytest.mark.parametrize(
+    "damage", [{"hidden_size": "many"}, {"num_attention_heads": 0}, {"rope_parameters": 3}]
+)
 def test_a_config_that_its_class_does_not_take(damage, tmp_path, capsys):
     """Each is an exception of another kind."""
     path = make_folder(small("llama"), tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    assert "Cannot load the" in refused(tmp_path, capsys)  # the tokenizer is first, and reads the config too
+    assert "Cannot load the" in refused(
+        tmp_path, capsys
+    )  # the tokenizer is first, and reads the config too

@@ -56,10 +56,14 @@ def test_functions_are_short_and_explained(file):
 
 def test_every_knob_is_read():
     source = "\n".join(f.read_text() for f in FILES)
-    columns = {f.name for f in dataclasses.fields(Objective)}  # train.build hands these on by their names
+    columns = {
+        f.name for f in dataclasses.fields(Objective)
+    }  # train.build hands these on by their names
     for field in dataclasses.fields(Config):
         if field.name in columns:
-            assert re.search(rf"\bo(bjective)?\.({field.name}|{ALIASES.get(field.name)})\b", source), field.name
+            assert re.search(
+                rf"\bo(bjective)?\.({field.name}|{ALIASES.get(field.name)})\b", source
+            ), field.name
             continue
         assert re.search(rf"(config|self)\.{field.name}\b", source), f"nothing reads --{field.name}"
 
@@ -79,4 +83,6 @@ def test_nothing_happens_at_import():
     """Modules define things: no call stands at the top level, but for constants and `if __name__`."""
     for file in FILES:
         for node in ast.parse(file.read_text()).body:
-            assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)), f"{file.name}:{node.lineno}"
+            assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)), (
+                f"{file.name}:{node.lineno}"
+            )

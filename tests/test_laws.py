@@ -30,11 +30,22 @@ rows = pytest.mark.parametrize("row", OBJECTIVES)
 seeds = st.integers(0, 2**31)
 
 NO_BASELINE = {"reinforce"}  # the reward as it is
-OVER_THE_BATCH = {"lite_ppo"}  # the std is that of all rewards, so a shift of one group is seen by the others
+OVER_THE_BATCH = {
+    "lite_ppo"
+}  # the std is that of all rewards, so a shift of one group is seen by the others
 WHITENED = {"gdpo", "reinforce_plus_plus_baseline"}
 ONLY_BEST = {"pass_at_k"}  # the others get 0, so that the advantages of a group do not add up to 0
-UNSCALED = {"dr_grpo", "rloo", "reinforce", "pass_at_k"}  # no std: twice the reward is twice the advantage
-ONE_RATIO = {"gspo", "luspo", "gmpo"}  # one ratio for a whole completion: each token's gradient is of all of them
+UNSCALED = {
+    "dr_grpo",
+    "rloo",
+    "reinforce",
+    "pass_at_k",
+}  # no std: twice the reward is twice the advantage
+ONE_RATIO = {
+    "gspo",
+    "luspo",
+    "gmpo",
+}  # one ratio for a whole completion: each token's gradient is of all of them
 KL_IN_LOSS = {"grpo", "bnpo", "gdpo", "reinforce_plus_plus_baseline"}
 
 
@@ -45,7 +56,12 @@ def reward_tables(draw, unscored=True):
     tenths = st.lists(st.integers(-20, 20), min_size=2 * q * g, max_size=2 * q * g)
     table = torch.tensor(draw(tenths), dtype=torch.float64).view(2, q, g) / 10
     if unscored:
-        lost = torch.tensor(draw(st.lists(st.integers(0, 4), min_size=q * g, max_size=q * g))).view(q, g) == 0
+        lost = (
+            torch.tensor(draw(st.lists(st.integers(0, 4), min_size=q * g, max_size=q * g))).view(
+                q, g
+            )
+            == 0
+        )
         table[:, lost] = torch.nan
     return table
 
@@ -63,10 +79,21 @@ def sample(seed, spread=0.5, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     singles, now = [], []
     for n in [1, *torch.randint(1, 7, (4,), generator=g).tolist()]:
-        old, a = -torch.rand(n, generator=g, dtype=torch.float64) * 3, torch.randn(1, generator=g, dtype=torch.float64)
+        old, a = (
+            -torch.rand(n, generator=g, dtype=torch.float64) * 3,
+            torch.randn(1, generator=g, dtype=torch.float64),
+        )
         move, far, sampled = torch.randn(3, n, generator=g, dtype=torch.float64)
-        e = replace(Experience.of([1], [2] * n, 0.0, 0.0), advantages=a[0].to(dtype), action_log_probs=old.to(dtype))
-        e = replace(e, log_probs_ref=(old + far).to(dtype), sampler_log_probs=(old + 0.3 * sampled).to(dtype))
+        e = replace(
+            Experience.of([1], [2] * n, 0.0, 0.0),
+            advantages=a[0].to(dtype),
+            action_log_probs=old.to(dtype),
+        )
+        e = replace(
+            e,
+            log_probs_ref=(old + far).to(dtype),
+            sampler_log_probs=(old + 0.3 * sampled).to(dtype),
+        )
         singles.append(replace(e, policy_mask=torch.rand(n, generator=g) < 0.6))
         now.append((old + spread * move).to(dtype))
     return torch.nn.utils.rnn.pad_sequence(now, batch_first=True).requires_grad_(), replace(
@@ -97,9 +124,14 @@ def pick(e, index):
 def test_order_does_not_matter_to_advantages(row, rewards, seed):
     """Shuffled completions, and shuffled groups: each completion keeps its advantage."""
     g = torch.Generator().manual_seed(seed)
-    across, inside = torch.randperm(rewards.shape[1], generator=g), torch.randperm(rewards.shape[2], generator=g)
+    across, inside = (
+        torch.randperm(rewards.shape[1], generator=g),
+        torch.randperm(rewards.shape[2], generator=g),
+    )
     found = advantages(row, rewards[:, across][..., inside])
-    torch.testing.assert_close(found, advantages(row, rewards)[across][:, inside], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        found, advantages(row, rewards)[across][:, inside], rtol=1e-12, atol=1e-12
+    )
 
 
 @rows
@@ -140,7 +172,11 @@ def test_the_advantages_of_a_group_add_up_to_zero(row, rewards):
 
 @rows
 @law(15)
-@given(value=st.floats(-(2.0**126), 2.0**126, width=32), size=st.integers(2, 16), others=reward_tables(unscored=False))
+@given(
+    value=st.floats(-(2.0**126), 2.0**126, width=32),
+    size=st.integers(2, 16),
+    others=reward_tables(unscored=False),
+)
 def test_equal_rewards_give_exactly_zero(row, value, size, others):
     """Whatever their magnitude, alone or beside other groups; there the mean of whitening is a hair beside 0."""
     equal = torch.full((1, 3, size), value)
@@ -157,7 +193,11 @@ def test_equal_rewards_give_exactly_zero(row, value, size, others):
 
 
 @law(15)
-@given(st.lists(st.one_of(st.none(), st.floats(-(2.0**100), 2.0**100, width=32)), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.one_of(st.none(), st.floats(-(2.0**100), 2.0**100, width=32)), min_size=1, max_size=6
+    )
+)
 def test_has_spread_is_max_above_min(values):
     """NaN has no part in it, and a group of nobody has none."""
     there = [v for v in values if v is not None]
@@ -167,7 +207,8 @@ def test_has_spread_is_max_above_min(values):
 
 @rows
 @pytest.mark.parametrize(
-    "rewards", [[[1e30, -1e30]], [[1e30, 0.0, 1.0, 1e-30]], [[5.0] * 4], [[0.0, 1.0]], [[1e-30, 0.0]]]
+    "rewards",
+    [[[1e30, -1e30]], [[1e30, 0.0, 1.0, 1e-30]], [[5.0] * 4], [[0.0, 1.0]], [[1e-30, 0.0]]],
 )
 def test_extreme_rewards_stay_finite(row, rewards):
     """One group, equal ones, huge and tiny ones, in float32."""
@@ -220,19 +261,25 @@ def test_on_policy_every_row_has_the_gradient_of_reinforce(row, seed):
     policy_mask, or by the sampler's correction, still has a gradient through the others.
     """
     log_probs, e = sample(seed, spread=0.0)
-    weights = token_weights(e.action_mask.sum(-1).tolist(), OBJECTIVES[row].loss_agg_mode, 6.0).double()
+    weights = token_weights(
+        e.action_mask.sum(-1).tolist(), OBJECTIVES[row].loss_agg_mode, 6.0
+    ).double()
     expected = torch.where(e.action_mask, -weights[:, None] * e.advantages[:, None], 0.0)
     kept = torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(seed)) < 0.6
     for batch in e, replace(e, action_log_probs=None):
         alone = value_and_gradient(row, log_probs, batch, kl_weight=0.0)[1]
         torch.testing.assert_close(alone, expected, rtol=1e-12, atol=1e-15)
-        masked = value_and_gradient(row, log_probs, replace(batch, policy_mask=kept), kl_weight=0.0)[1]
+        masked = value_and_gradient(
+            row, log_probs, replace(batch, policy_mask=kept), kl_weight=0.0
+        )[1]
         split = (kept != kept[:, :1]) & e.action_mask & (e.advantages[:, None] != 0)
         holds = torch.allclose(masked, expected * kept, rtol=1e-12, atol=1e-15)
         assert holds == (row not in ONE_RATIO or not split.any())
         with_kl = value_and_gradient(row, log_probs, batch)[1]
         assert torch.allclose(with_kl, expected, rtol=1e-12, atol=1e-15) == (row not in KL_IN_LOSS)
-        at_reference = value_and_gradient(row, log_probs, replace(batch, log_probs_ref=log_probs.detach()))[1]
+        at_reference = value_and_gradient(
+            row, log_probs, replace(batch, log_probs_ref=log_probs.detach())
+        )[1]
         torch.testing.assert_close(at_reference, expected, rtol=1e-12, atol=1e-15)
 
 
@@ -252,13 +299,17 @@ def test_clip_stops_the_optimistic_side_and_dual_clip_the_far_one(log_r, a, low,
     r = math.exp(log_r)
     if min(abs(r - edge) for edge in (1 - low, 1 + high, c)) < 1e-9 or abs(a) < 1e-9:
         return
-    e = replace(Experience.of([1], [2], 0.0, a), action_log_probs=torch.tensor([-4.0], dtype=torch.float64))
+    e = replace(
+        Experience.of([1], [2], 0.0, a), action_log_probs=torch.tensor([-4.0], dtype=torch.float64)
+    )
     e = replace(e, advantages=torch.tensor(a, dtype=torch.float64))
     idle = r > 1 + high if a > 0 else r < 1 - low
     for dual in None, c:
         leaf = torch.tensor([[log_r - 4.0]], dtype=torch.float64, requires_grad=True)
         columns = {"clip_eps": low, "clip_eps_high": high, "clip_ratio_c": dual}
-        gradient = value_and_gradient("dr_grpo", leaf, pad_batch([e]), loss_agg_mode="token-mean", **columns)[1]
+        gradient = value_and_gradient(
+            "dr_grpo", leaf, pad_batch([e]), loss_agg_mode="token-mean", **columns
+        )[1]
         stopped = idle or dual is not None and a < 0 and r > c
         torch.testing.assert_close(gradient.item(), 0.0 if stopped else -a * r, rtol=1e-9, atol=0.0)
 
@@ -273,7 +324,9 @@ def test_float32_agrees_with_float64(row, seed):
     rough, rough_gradient = value_and_gradient(row, *single)
     assert rough.dtype == rough_gradient.dtype == torch.float32
     assert rough.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5)
-    torch.testing.assert_close(rough_gradient.double(), gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+    torch.testing.assert_close(
+        rough_gradient.double(), gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max())
+    )
 
 
 EXTREMES = [0.0, 50.0, -50.0, 1000.0, -1000.0]
@@ -295,8 +348,12 @@ def test_extreme_log_probs_stay_finite(row, dtype):
                 log_probs_ref=base - far.flip(-1), sampler_log_probs=base + far,
             )  # fmt: skip
             whole = [c for c in NAMES["sampler_correction"] if not c.startswith("token")]
-            for correction in whole if OBJECTIVES[row].spreads_gradient else NAMES["sampler_correction"]:
-                loss, gradient = value_and_gradient(row, log_probs, e, kl_weight=0.1, sampler_correction=correction)
+            for correction in (
+                whole if OBJECTIVES[row].spreads_gradient else NAMES["sampler_correction"]
+            ):
+                loss, gradient = value_and_gradient(
+                    row, log_probs, e, kl_weight=0.1, sampler_correction=correction
+                )
                 assert loss.isfinite() and gradient.isfinite().all()
 
 
@@ -307,9 +364,15 @@ def test_the_weights_are_means(lengths, scale):
     tokens, count = sum(lengths), sum(n > 0 for n in lengths)
     for mode in NAMES["loss_agg_mode"]:
         weights = token_weights(lengths, mode, scale)
-        assert weights.isfinite().all() and weights.dtype == torch.float32 and len(weights) == len(lengths)
+        assert (
+            weights.isfinite().all()
+            and weights.dtype == torch.float32
+            and len(weights) == len(lengths)
+        )
         whole = float((weights * torch.tensor(lengths)).sum())
-        expected = {"seq-mean-token-sum": tokens, "seq-mean-token-sum-norm": tokens / scale}.get(mode, count)
+        expected = {"seq-mean-token-sum": tokens, "seq-mean-token-sum-norm": tokens / scale}.get(
+            mode, count
+        )
         assert whole == pytest.approx(expected / max(count, 1), rel=1e-5), mode
 
 

@@ -24,7 +24,9 @@ def grpo(**columns):
 
 
 def advantages(returns, normalize=True):
-    return group_advantages(returns, build_objective("grpo", advantage_std="group" if normalize else "none"))
+    return group_advantages(
+        returns, build_objective("grpo", advantage_std="group" if normalize else "none")
+    )
 
 
 def make_batch(seed=0, lengths=LENGTHS, with_old=True):
@@ -70,7 +72,9 @@ def slow_loss(log_probs, e, mode, eps_low, eps_high, beta):
         elif mode == "token-mean":
             total = total + sequence / n_tokens
         else:
-            total = total + sequence / len(LENGTHS) / (1.0 if mode == "seq-mean-token-sum" else SCALE)
+            total = total + sequence / len(LENGTHS) / (
+                1.0 if mode == "seq-mean-token-sum" else SCALE
+            )
     return total
 
 
@@ -105,7 +109,9 @@ def test_micro_batches_add_up_to_the_full_batch(mode, size):
     for i in range(0, len(LENGTHS), size):
         rows = slice(i, i + size)
         part = Experience(**{k: None if v is None else v[rows] for k, v in vars(e).items()})
-        parts += torch.autograd.grad(objective(log_probs[rows], part, weights[rows])[0], log_probs)[0]
+        parts += torch.autograd.grad(objective(log_probs[rows], part, weights[rows])[0], log_probs)[
+            0
+        ]
     torch.testing.assert_close(parts, full, rtol=1e-12, atol=1e-15)
 
 
@@ -119,7 +125,12 @@ def test_the_weights_are_one_mean():
 def test_clip_is_on_the_pessimistic_side_for_both_signs():
     """Fault in the field: `where(A >= 0, min, max)` of the two surrogates trains where it must not, for A < 0."""
     objective = grpo(kl_weight=0.0)
-    for ratio, advantage, moves in [(1.5, 1, False), (0.5, 1, True), (1.5, -1, True), (0.5, -1, False)]:
+    for ratio, advantage, moves in [
+        (1.5, 1, False),
+        (0.5, 1, True),
+        (1.5, -1, True),
+        (0.5, -1, False),
+    ]:
         log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
         e = Experience(
             torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool),
@@ -145,7 +156,9 @@ def test_padding_may_hold_anything():
     """Fault 5: multiplying by the mask after the exponential turns an infinity in the padding into NaN."""
     log_probs, e = make_batch()
     clean = grpo(kl_weight=0.1)(log_probs, e, torch.ones(4))[0]
-    dirty = Experience(**{**vars(e), "log_probs_ref": torch.where(e.action_mask, e.log_probs_ref, torch.inf)})
+    dirty = Experience(
+        **{**vars(e), "log_probs_ref": torch.where(e.action_mask, e.log_probs_ref, torch.inf)}
+    )
     loss, metrics = grpo(kl_weight=0.1)(log_probs, dirty, torch.ones(4))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert loss == clean and gradient.isfinite().all()
@@ -177,7 +190,11 @@ def test_kl_metric_is_the_mean_over_completion_tokens():
     """Fault 4: a mean over padding zeros under-reports the KL by the density of the mask."""
     log_probs, e = make_batch()
     total, count = grpo(kl_weight=0.1)(log_probs, e, torch.ones(4))[1]["train/kl_divergence"]
-    kl = [approx_kl_divergence(log_probs[i, t], e.log_probs_ref[i, t]) for i, n in enumerate(LENGTHS) for t in range(n)]
+    kl = [
+        approx_kl_divergence(log_probs[i, t], e.log_probs_ref[i, t])
+        for i, n in enumerate(LENGTHS)
+        for t in range(n)
+    ]
     assert count == sum(LENGTHS)
     torch.testing.assert_close(total / count, torch.stack(kl).mean().detach())
     assert min(kl) >= 0
@@ -209,6 +226,8 @@ def test_groups_do_not_see_each_other():
 
 def test_unscored_completions_take_no_part():
     nan = torch.nan
-    found = advantages(torch.tensor([[1.0, nan, 0.0, nan], [nan, nan, nan, nan], [0.3, nan, nan, nan]]))
+    found = advantages(
+        torch.tensor([[1.0, nan, 0.0, nan], [nan, nan, nan, nan], [0.3, nan, nan, nan]])
+    )
     torch.testing.assert_close(found[0, [0, 2]], advantages(torch.tensor([[1.0, 0.0]]))[0])
     assert found[0, 1] == 0 and found[0, 3] == 0 and (found[1:] == 0).all()

@@ -51,7 +51,9 @@ def file(name: str, content: str | bytes) -> Maker:
     def make(folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+        path.write_bytes(
+            content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        )
 
     return make
 
@@ -79,12 +81,20 @@ def parquet(*rows: dict, cut: int | None = None) -> Maker:
 
 def latin_parquet(folder: Path) -> None:
     """Bytes that are not UTF-8 in a column of text, as careless writers leave them."""
-    buffers = [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 4, 0, 0, 0])), pyarrow.py_buffer(b"caf\xe9")]
+    buffers = [
+        None,
+        pyarrow.py_buffer(bytes([0, 0, 0, 0, 4, 0, 0, 0])),
+        pyarrow.py_buffer(b"caf\xe9"),
+    ]
     column = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
-    pyarrow.parquet.write_table(pyarrow.table({"question": column, "answer": ["#### 5"]}), folder / "x.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"question": column, "answer": ["#### 5"]}), folder / "x.parquet"
+    )
 
 
-def bundled(*without: str, config: dict | None = None, tokenizer: dict | None = None, **written: str | bytes) -> Maker:
+def bundled(
+    *without: str, config: dict | None = None, tokenizer: dict | None = None, **written: str | bytes
+) -> Maker:
     """`m`, the bundled model with files taken out, settings changed (None: taken out) and files written (a_b is a.b)."""
 
     def make(folder: Path) -> None:
@@ -93,7 +103,9 @@ def bundled(*without: str, config: dict | None = None, tokenizer: dict | None = 
             (folder / "m" / name).unlink()
         for name, changes in (("config.json", config), ("tokenizer_config.json", tokenizer)):
             settings = json.loads((TINY / name).read_text()) | (changes or {})
-            (folder / "m" / name).write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+            (folder / "m" / name).write_text(
+                json.dumps({k: v for k, v in settings.items() if v is not None})
+            )
         for name, content in written.items():
             file("m/" + ".".join(name.rsplit("__", 1)), content)(folder)
 
@@ -105,7 +117,11 @@ def weights(change: Callable[[dict], dict]) -> Maker:
 
     def make(folder: Path) -> None:
         bundled()(folder)
-        save_file(change(load_file(TINY / "model.safetensors")), folder / "m/model.safetensors", {"format": "pt"})
+        save_file(
+            change(load_file(TINY / "model.safetensors")),
+            folder / "m/model.safetensors",
+            {"format": "pt"},
+        )
 
     return make
 
@@ -131,7 +147,12 @@ def architecture(name: str, spread: float = 0.0, **settings: int | bool) -> Make
     return make
 
 
-BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 DISTIL = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 
@@ -158,7 +179,9 @@ def a_run(*without: str, extra: str = "", **written: str | bytes) -> Maker:
             with (folder / "r" / "config.yaml").open("a", encoding="utf-8") as config:
                 config.write(extra)
         for name, content in written.items():
-            file("r/" + name.replace("checkpoint_1_", "checkpoint-1/").replace("__", "."), content)(folder)
+            file("r/" + name.replace("checkpoint_1_", "checkpoint-1/").replace("__", "."), content)(
+                folder
+            )
 
     return make
 
@@ -186,7 +209,10 @@ NAMES: list[Bad] = [
     ("–-steps 3", "did you mean --steps?"),
     ("---lr 3", "There is no flag '---lr'; did you mean --lr?"),
     ("fast", "I do not know what to do with 'fast'"),
-    ("steps=3", "I do not know what to do with 'steps=3'; every setting is a flag, as in --steps 10."),
+    (
+        "steps=3",
+        "I do not know what to do with 'steps=3'; every setting is a flag, as in --steps 10.",
+    ),
     ([""], "I do not know what to do with ''"),
     ("--no_gradient_checkpointing x", "I do not know what to do with 'x'"),
     ("--preset tinny", "There is no preset 'tinny'; did you mean tiny?"),
@@ -234,7 +260,10 @@ NUMBERS: list[Bad] = [
     ("--entropy_weight 1e308", "--entropy_weight is 1e+308; it must be 1000000000 or less."),
     ("--group_size 1", "--group_size is 1; it must be 2 or more"),
     ("--group-size 1", "--group_size is 1; it must be 2 or more"),
-    ("--group_size 1000000", "is more than 1000000 sequences in one rollout; make one of them smaller."),
+    (
+        "--group_size 1000000",
+        "is more than 1000000 sequences in one rollout; make one of them smaller.",
+    ),
     (f"--rollouts_per_step {HUGE}", "it must be 1000000000 or less."),
     ("--temperature 0", "--temperature is 0.0; it must be 0.01 or more."),
     ("--temperature 1e-40", "--temperature is 1e-40; it must be 0.01 or more."),
@@ -246,7 +275,10 @@ NUMBERS: list[Bad] = [
     ("--clip_eps_high nan", "--clip_eps_high is nan; it must be 0 or more"),
     ("--sampler_cap 0.5", "--sampler_cap is 0.5; it must be 1 or more"),
     ("--max_new_tokens 0", "--max_new_tokens is 0; it must be 1 or more"),
-    ("--micro_batch_size banana", "--micro_batch_size is 'banana'; it must be a whole number or auto."),
+    (
+        "--micro_batch_size banana",
+        "--micro_batch_size is 'banana'; it must be a whole number or auto.",
+    ),
     ("--micro_batch_size 0", "--micro_batch_size is 0; it must be 1 or more"),
     ("--micro_batch_size=", "--micro_batch_size is ''; it must be a whole number or auto."),
     ("--epochs_per_step 0", "--epochs_per_step is 0; it must be 1 or more"),
@@ -261,17 +293,27 @@ NUMBERS: list[Bad] = [
 
 CONTRADICTIONS: list[Bad] = [
     ("--reward accuracy format", "--reward has 2 names and --reward_weights 1 numbers"),
-    ("--reward accuracy accuracy --reward_weights 1 1", "have the same name; each must have its own."),
+    (
+        "--reward accuracy accuracy --reward_weights 1 1",
+        "have the same name; each must have its own.",
+    ),
     ("--train_batch_size 5", "--train_batch_size 5 is larger than the 4 sequences of a rollout"),
     ("--surrogate sapo --clip_eps 0.3", "--surrogate sapo does not clip"),
     ("--objective grpo --clip_ratio_c 1.1", "it must be more than 1 + clip_eps_high = 1.2"),
     ("--objective dr_grpo --kl_estimator k2", "mean nothing without a KL"),
-    ("--max_new_tokens 10000", "reads 512 tokens at the most; --max_prompt_tokens 128 and --max_new_tokens 10000"),
+    (
+        "--max_new_tokens 10000",
+        "reads 512 tokens at the most; --max_prompt_tokens 128 and --max_new_tokens 10000",
+    ),
     (
         "--dataset tiny/task/train.jsonl --eval_interval 1",
         "is one file, without held-out questions; give --eval_dataset",
     ),
-    ("--config {d}/r/config.yaml --preset gsm8k", "was made from the preset tiny; leave out --preset gsm8k", a_run()),
+    (
+        "--config {d}/r/config.yaml --preset gsm8k",
+        "was made from the preset tiny; leave out --preset gsm8k",
+        a_run(),
+    ),
     ("--config {d}/r/config.yaml --resume {d}/r", "leave out --config", a_run()),
     ("--resume {d}/r --preset gsm8k", "leave out --preset gsm8k", a_run()),
     ("--resume {d}/r --run_dir {d}/other", "--resume goes on in the folder", a_run()),
@@ -495,7 +537,10 @@ TABLE = NAMES + NUMBERS + CONTRADICTIONS + DATASETS + MODELS + CONFIGS + REWARDS
 
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every file and folder below, byte for byte; the lock of a run is empty, and whoever looks takes it."""
-    found = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    found = {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
     return {name: content for name, content in found.items() if not name.endswith(".lock")}
 
 
@@ -509,12 +554,23 @@ def command_line(row: Bad, folder: Path) -> tuple[list[str], str, str]:
     flags, words, make, command = (*row, *(None, "train")[len(row) - 2 :])
     if make:
         make(folder)
-    flags = [f.replace("{d}", str(folder)) for f in (shlex.split(flags) if isinstance(flags, str) else flags)]
+    flags = [
+        f.replace("{d}", str(folder))
+        for f in (shlex.split(flags) if isinstance(flags, str) else flags)
+    ]
     given = {f.split("=")[0].replace("-", "_").strip("_") for f in flags}
     of_a_run = command == "evaluate" and "--model {d}/r" in row[0]  # which has settings of its own
-    start = [] if of_a_run or given & {"preset", "config", "resume"} and command == "train" else ["--preset=tiny"]
+    start = (
+        []
+        if of_a_run or given & {"preset", "config", "resume"} and command == "train"
+        else ["--preset=tiny"]
+    )
     start += SMALL if start else ["--device=cpu"]
-    start += [] if given & {"run_dir", "resume"} and "other" not in given else [f"--run_dir={folder}/run"]
+    start += (
+        []
+        if given & {"run_dir", "resume"} and "other" not in given
+        else [f"--run_dir={folder}/run"]
+    )
     return [*start, *flags], words, command
 
 
@@ -522,7 +578,9 @@ def test_the_table_is_large_and_has_no_row_twice():
     assert len(TABLE) >= 200 and len({(str(row[0]), row[1], str(row[3:])) for row in TABLE}) > 190
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[3] if len(row) > 3 else ''} {row[0]!a:.60} {row[1]:.40}")
+@pytest.mark.parametrize(
+    "row", TABLE, ids=lambda row: f"{row[3] if len(row) > 3 else ''} {row[0]!a:.60} {row[1]:.40}"
+)
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capfd, row):
     folder = tmp_path / "d"
     folder.mkdir()
@@ -542,7 +600,10 @@ def test_a_run_that_another_process_has(tmp_path, capsys):
     a_run()(tmp_path)
     with FileLock(tmp_path / "r" / ".lock"), pytest.raises(SystemExit) as caught:
         train.main(["--resume", str(tmp_path / "r"), "--steps=2"])
-    assert caught.value.code == 2 and "is in use by another process; wait for it" in capsys.readouterr().err
+    assert (
+        caught.value.code == 2
+        and "is in use by another process; wait for it" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -550,7 +611,10 @@ def test_a_read_only_folder(tmp_path, capsys):
     tmp_path.chmod(0o555)
     with pytest.raises(SystemExit) as caught:
         train.main(["--preset=tiny", *SMALL, f"--run_dir={tmp_path}/run"])
-    assert caught.value.code == 2 and "Permission denied; choose another --run_dir" in capsys.readouterr().err
+    assert (
+        caught.value.code == 2
+        and "Permission denied; choose another --run_dir" in capsys.readouterr().err
+    )
 
 
 def test_gsm8k_without_a_gpu(tmp_path, capsys, monkeypatch):
@@ -581,10 +645,17 @@ def test_as_a_process_of_its_own(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for argv, words, before in cases:
         done = subprocess.run(
-            [sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, timeout=120, preexec_fn=before
+            [sys.executable, *argv],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            timeout=120,
+            preexec_fn=before,
         )
         assert done.returncode == 2 and words in done.stderr, done.stderr.decode()
-        assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, done.stderr.decode()
+        assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, (
+            done.stderr.decode()
+        )
         assert not list(tmp_path.rglob("*.*")), "no file"
     assert not (tmp_path / "run").exists()
 
@@ -605,7 +676,15 @@ def test_as_a_process_of_its_own(tmp_path):
 def test_models_as_they_come(tmp_path, make, capsys):
     """Without a chat template the prompt is plain paragraphs; without a pad token, lengths make the masks anyway."""
     make(tmp_path)
-    train.main(["--preset=tiny", *SMALL, f"--model={tmp_path}/m", f"--run_dir={tmp_path}/run", "--kl_weight=0.1"])
+    train.main(
+        [
+            "--preset=tiny",
+            *SMALL,
+            f"--model={tmp_path}/m",
+            f"--run_dir={tmp_path}/run",
+            "--kl_weight=0.1",
+        ]
+    )
     assert "done with step 1" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
 
@@ -621,7 +700,9 @@ def test_models_as_they_come(tmp_path, make, capsys):
 )
 def test_files_as_they_come(tmp_path, content):
     (tmp_path / "x.jsonl").write_bytes(content)
-    train.main(["--preset=tiny", *SMALL, f"--dataset={tmp_path}/x.jsonl", f"--run_dir={tmp_path}/run"])
+    train.main(
+        ["--preset=tiny", *SMALL, f"--dataset={tmp_path}/x.jsonl", f"--run_dir={tmp_path}/run"]
+    )
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 
@@ -629,9 +710,14 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
     """A knob that its config.yaml does not have is at its default."""
     a_run()(tmp_path)
     config = tmp_path / "r" / "config.yaml"
-    config.write_text("".join(line for line in config.open() if not line.startswith(("keep_", "top_entropy"))))
+    config.write_text(
+        "".join(line for line in config.open() if not line.startswith(("keep_", "top_entropy")))
+    )
     train.main(["--resume", str(tmp_path / "r"), "--steps=2"])
-    assert "done with step 2" in capsys.readouterr().out and "keep_checkpoints: 3" in config.read_text()
+    assert (
+        "done with step 2" in capsys.readouterr().out
+        and "keep_checkpoints: 3" in config.read_text()
+    )
 
 
 def test_the_last_of_a_flag_given_twice_counts(tmp_path):

@@ -32,7 +32,9 @@ def plain_log_probs(network, prompt, completion, temperature):
     """One row, no padding, all logits, the shift written out."""
     logits = network(input_ids=torch.tensor([prompt + completion])).logits[0].double() / temperature
     log_probs = torch.log_softmax(logits, -1)
-    return torch.stack([log_probs[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
+    return torch.stack(
+        [log_probs[len(prompt) + t - 1, token] for t, token in enumerate(completion)]
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -41,13 +43,21 @@ def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch)
     """Faults 2, 9 and 11: padded, scaled by the temperature, in pieces; as if each row were alone and plain."""
     monkeypatch.setitem(log_probs_module.LOGITS_AT_A_TIME, "cpu", piece)
     e = batch()
-    log_probs, entropies, _ = sequences_log_probs(model, e.sequences, e.attention_mask, e.num_actions, temperature)
-    assert log_probs.dtype == torch.float32 and entropies.shape == log_probs.shape == e.action_mask.shape
+    log_probs, entropies, _ = sequences_log_probs(
+        model, e.sequences, e.attention_mask, e.num_actions, temperature
+    )
+    assert (
+        log_probs.dtype == torch.float32
+        and entropies.shape == log_probs.shape == e.action_mask.shape
+    )
     for row, (prompt, completion) in zip(log_probs, ROWS, strict=True):
         expected = plain_log_probs(model, prompt, completion, temperature)
         torch.testing.assert_close(row[: len(completion)].double(), expected, rtol=1e-4, atol=1e-5)
     prompt, completion = ROWS[0]
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1] / temperature
+    logits = (
+        model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1]
+        / temperature
+    )
     assert entropies[0, 0].item() == pytest.approx(
         torch.distributions.Categorical(logits=logits).entropy().item(), rel=1e-4
     )
@@ -85,7 +95,9 @@ def test_a_head_without_logits_to_keep_gives_the_same(model):
 
     class Old(torch.nn.Module):
         def forward(self, input_ids, attention_mask, position_ids, use_cache):
-            return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+            return model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            )
 
     torch.testing.assert_close(sequences_log_probs(Old(), *arguments)[0], expected)
 
@@ -94,7 +106,9 @@ def test_a_head_without_logits_to_keep_gives_the_same(model):
     "network",
     [
         GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)),
-        BioGptForCausalLM(BioGptConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)),
+        BioGptForCausalLM(
+            BioGptConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        ),
     ],
     ids=["gpt2", "biogpt"],
 )
@@ -121,7 +135,9 @@ def test_the_bundled_tokenizer_survives_autotokenizer(tokenizer):
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
     assert prompt == f"<|user|>{text}<|end|><|assistant|>"
-    assert tokenizer.eos_token_id in tokenizer(prompt)["input_ids"], "the end token inside the prompt, as in Qwen's"
+    assert tokenizer.eos_token_id in tokenizer(prompt)["input_ids"], (
+        "the end token inside the prompt, as in Qwen's"
+    )
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -141,7 +157,9 @@ def test_models_that_cannot_do_the_job_are_refused(model, tokenizer):
     check_model(model, tokenizer, small)
     with pytest.raises(UserError, match="reads 256 tokens at the most"):
         check_model(model, tokenizer, Config(max_prompt_tokens=128, max_new_tokens=129))
-    network = RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)).eval()
+    network = RwkvForCausalLM(
+        RwkvConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)
+    ).eval()
     with torch.no_grad():
         for p in network.parameters():
             p += 0.5 * torch.randn_like(p)
@@ -167,7 +185,9 @@ def test_precision(precision, weights, arithmetic):
     log_probs, *_ = policy(batch())
     log_probs.sum().backward()
     assert {p.dtype for p in network.parameters()} == {weights} and seen == [arithmetic]
-    assert log_probs.dtype == torch.float32 and all(p.grad.isfinite().all() for p in network.parameters())
+    assert log_probs.dtype == torch.float32 and all(
+        p.grad.isfinite().all() for p in network.parameters()
+    )
     assert {p.grad.dtype for p in network.parameters()} == {weights}
 
 

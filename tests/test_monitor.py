@@ -40,7 +40,9 @@ def test_the_tutorials_names_are_there():
 
 
 def test_tensorboard_of_a_run(tiny_run):
-    folder = tiny_run("a", "--kl_weight=0.01", "--steps=2", "--eval_samples=2", "--dynamic_sampling=2")
+    folder = tiny_run(
+        "a", "--kl_weight=0.01", "--steps=2", "--eval_samples=2", "--dynamic_sampling=2"
+    )
     log = EventAccumulator(str(folder))
     log.Reload()
     tags = set(log.Tags()["scalars"]) | set(log.Tags()["tensors"])
@@ -55,7 +57,9 @@ def test_tensorboard_of_a_run(tiny_run):
 
 
 def test_console_line():
-    line = console_line(3, 80, {"rollout/returns": 0.5, "train/skipped_steps": 0.0, "time/step": 1.5})
+    line = console_line(
+        3, 80, {"rollout/returns": 0.5, "train/skipped_steps": 0.0, "time/step": 1.5}
+    )
     assert line == "step  3/80 | reward 0.500 | s 1.50"
     assert console_line(3, 80, {"alarm/kl": 1.0, "alarm/ratio": 1.0}).endswith("| ALARM kl, ratio")
     assert "skipped 2" in console_line(3, 80, {"train/skipped_steps": 2.0})
@@ -66,7 +70,9 @@ def test_a_progress_bar_in_a_file_is_nothing(capfd):
     assert list(progress(range(1000), "steps")) == list(range(1000))
     assert capfd.readouterr().err == ""
     bar = progress(range(3), "steps")
-    assert bar.disable and not hasattr(bar, "last_print_t"), "a bar that is switched off keeps no clock"
+    assert bar.disable and not hasattr(bar, "last_print_t"), (
+        "a bar that is switched off keeps no clock"
+    )
 
 
 def test_a_run_gives_back_what_it_took(tiny_run):
@@ -92,12 +98,16 @@ def test_a_log_of_many_steps_keeps_few_in_memory(tmp_path):
         sizes.append((tmp_path / "metrics.jsonl").stat().st_size)
     assert len(monitor.rows) == LONGEST and not monitor.sums
     grown = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
-    assert max(grown) - min(grown) <= 30, "each step adds a line of the same length, but for its numbers"
+    assert max(grown) - min(grown) <= 30, (
+        "each step adds a line of the same length, but for its numbers"
+    )
 
 
 def test_metrics_that_were_tampered_with(tmp_path, capsys):
     """Lines out of order lose nothing; steps that are not there are said."""
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 7, 2, 4)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}}}\n' for step in (0, 1, 7, 2, 4))
+    )
     monitor = Monitor()
     monitor.open(tmp_path, 4)
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 4]
@@ -113,9 +123,7 @@ def test_metrics_that_were_tampered_with(tmp_path, capsys):
 def test_a_run_goes_on_when_nobody_listens(tmp_path):
     """`python train.py | head`: the pipe is closed after the first step, and the training is not."""
     flags = "--preset tiny --device cpu --steps 9 --rollouts_per_step 2 --group_size 2 --train_batch_size 4 --max_new_tokens 4"
-    command = (
-        f"{sys.executable} train.py {flags} --eval_interval 0 --run_dir {tmp_path}/run 2>{tmp_path}/errors | head -6"
-    )
+    command = f"{sys.executable} train.py {flags} --eval_interval 0 --run_dir {tmp_path}/run 2>{tmp_path}/errors | head -6"
     subprocess.run(["sh", "-c", command], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "run" / "checkpoint-9").is_dir(), (tmp_path / "errors").read_text()
     assert "Traceback" not in (tmp_path / "errors").read_text()
@@ -124,6 +132,8 @@ def test_a_run_goes_on_when_nobody_listens(tmp_path):
 def test_metrics_are_on_the_disk_before_a_checkpoint_can_be(tmp_path, monkeypatch):
     monitor, synced = Monitor(), []
     monitor.open(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+    )
     monitor.flush(1, 1)
     assert str(tmp_path / "metrics.jsonl") in synced

@@ -110,11 +110,15 @@ def slow_advantages(p, tables, weights):
         if total[q][g] is None:
             continue
         summed = sum(w * (z[q][g] or 0.0) for w, z in zip(weights, each, strict=True))  # 2601.05242
-        found[q, g] = p.relative * (summed if p.each_reward else whole[q][g]) + p.absolute * total[q][g]
+        found[q, g] = (
+            p.relative * (summed if p.each_reward else whole[q][g]) + p.absolute * total[q][g]
+        )
     if p.whiten:
         values = list(found.values())
         found = {k: (a - mean(values)) / (std(values) + 1e-4) for k, a in found.items()}
-    return total, [[found.get((q, g), 0.0) for g in range(len(tables[0][q]))] for q in range(len(tables[0]))]
+    return total, [
+        [found.get((q, g), 0.0) for g in range(len(tables[0][q]))] for q in range(len(tables[0]))
+    ]
 
 
 # ----------------------------------------------------------------------------------- the papers: policy terms
@@ -156,7 +160,9 @@ def ppo(low=0.2, high=0.2, c=None, level="token"):
 def cispo(low, high, level="token"):
     """2506.13585: log π with the ratio, bounded to [low, high], as a constant weight."""
     return lambda logs, lp, a: [
-        -plain(limit(r, low, high, "weight") if low else high if either("cap", r > high) else r) * a * x
+        -plain(limit(r, low, high, "weight") if low else high if either("cap", r > high) else r)
+        * a
+        * x
         for r, x in zip(ratios(logs, level), lp, strict=True)
     ]
 
@@ -234,7 +240,9 @@ MEANS = {
     "seq-mean-token-mean": lambda rows, scale: sum(sum(row) / len(row) for row in rows) / len(rows),
     "token-mean": lambda rows, scale: sum(sum(row) for row in rows) / sum(len(row) for row in rows),
     "seq-mean-token-sum": lambda rows, scale: sum(sum(row) for row in rows) / len(rows),
-    "seq-mean-token-sum-norm": lambda rows, scale: sum(sum(row) for row in rows) / len(rows) / scale,
+    "seq-mean-token-sum-norm": lambda rows, scale: (
+        sum(sum(row) for row in rows) / len(rows) / scale
+    ),
 }
 
 
@@ -291,7 +299,9 @@ ROWS = {
     "cispo": Paper(term=cispo(None, 5.0), **TOKENS),
     "sapo": Paper(term=sapo(), beta=0.0),
     "dppo": Paper(term=dppo(0.15, 0.15), **TOKENS),
-    "rloo": Paper(compare=against_others, divide="none", term=reinforce, **SUMS),  # its KL is in the reward
+    "rloo": Paper(
+        compare=against_others, divide="none", term=reinforce, **SUMS
+    ),  # its KL is in the reward
     "reinforce": Paper(compare=as_it_is, divide="none", term=reinforce, **SUMS),
     "reinforce_plus_plus_baseline": Paper(divide="none", whiten=True, mean="token-mean", kl="k2"),
     "gdpo": Paper(each_reward=True, whiten=True),
@@ -330,12 +340,16 @@ CASES = {row: (row, {}, paper) for row, paper in ROWS.items()} | {
     ),
 }  # fmt: skip
 CASES |= {
-    f"{a}, std {s}": choice("grpo", {"advantage": a, "advantage_std": s}, compare=ADVANTAGES[a], divide=s)
+    f"{a}, std {s}": choice(
+        "grpo", {"advantage": a, "advantage_std": s}, compare=ADVANTAGES[a], divide=s
+    )
     for a in ADVANTAGES
     for s in ("group", "batch", "none")
     if a != "raw" or s == "none"
 }
-CASES |= {f"KL {k}": choice("dapo", {"kl_weight": 0.3, "kl_estimator": k}, kl=k, beta=0.3) for k in KL}
+CASES |= {
+    f"KL {k}": choice("dapo", {"kl_weight": 0.3, "kl_estimator": k}, kl=k, beta=0.3) for k in KL
+}
 CASES |= {f"mean {m}": choice("gspo", {"loss_agg_mode": m}, mean=m) for m in MEANS}
 CASES |= {
     f"{s} of {row}": choice(row, {"sampler_correction": s}, sampler=s)
@@ -349,7 +363,9 @@ def test_every_row_and_every_name_has_a_reference():
     """A new row or a new choice cannot come without its slow twin."""
     assert set(ROWS) == set(OBJECTIVES)
     assert set(KL) == set(NAMES["kl_estimator"]) and set(MEANS) == set(NAMES["loss_agg_mode"])
-    assert set(SAMPLERS) | {"none"} == set(NAMES["sampler_correction"]) and set(ADVANTAGES) == set(NAMES["advantage"])
+    assert set(SAMPLERS) | {"none"} == set(NAMES["sampler_correction"]) and set(ADVANTAGES) == set(
+        NAMES["advantage"]
+    )
     built = [build_objective(row, **given) for row, given, _ in CASES.values()]
     for column, names in NAMES.items():
         assert set(names) == {getattr(o, column) for o in built} | ({"none"} & set(names)), column
@@ -363,7 +379,9 @@ GROUPS = 7
 def reward_tables(seed):
     """Three rewards of groups of six: whole, of equals, of nobody, of one, of two, scored in part, with a shared best."""
     g = torch.Generator().manual_seed(seed)
-    tables = (torch.rand(3, GROUPS, 6, generator=g, dtype=torch.float64) * 4).round(decimals=1).tolist()
+    tables = (
+        (torch.rand(3, GROUPS, 6, generator=g, dtype=torch.float64) * 4).round(decimals=1).tolist()
+    )
     for k, table in enumerate(tables):
         table[1] = [0.1 * (k + 1)] * 6
         table[2] = [None] * 6
@@ -384,18 +402,40 @@ def test_advantages_equal_the_papers(case):
         for weights in ([1.0, 1.0, 1.0], [0.5, 2.0, -1.0]):
             tables = reward_tables(seed)
             returns, expected = slow_advantages(paper, tables, weights)
-            numbers = [[torch.nan if r is None else r for r in group] for t in [returns, *tables] for group in t]
+            numbers = [
+                [torch.nan if r is None else r for r in group]
+                for t in [returns, *tables]
+                for group in t
+            ]
             numbers = torch.tensor(numbers, dtype=torch.float64).view(4, GROUPS, 6)
-            found = group_advantages(numbers[0], build_objective(row, **given), numbers[1:], weights)
-            torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-11)
+            found = group_advantages(
+                numbers[0], build_objective(row, **given), numbers[1:], weights
+            )
+            torch.testing.assert_close(
+                found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-11
+            )
             assert (found[numbers[0].isnan()] == 0).all() and (found != 0).any()
 
 
 # ------------------------------------------------------------------------------------------- loss and gradient
 
 LENGTHS = [5, 1, 3, 2, 7, 4, 1, 6]
-SPREADS = [0.5, 1.0, 1e-4, 0.2, 1.0, 2e-4, 0.1, 0.02]  # of l in each completion: for clips from 1e-4 to 5
-FIELDS = {"old": "action_log_probs", "ref": "log_probs_ref", "sampler": "sampler_log_probs", "keep": "policy_mask"}
+SPREADS = [
+    0.5,
+    1.0,
+    1e-4,
+    0.2,
+    1.0,
+    2e-4,
+    0.1,
+    0.02,
+]  # of l in each completion: for clips from 1e-4 to 5
+FIELDS = {
+    "old": "action_log_probs",
+    "ref": "log_probs_ref",
+    "sampler": "sampler_log_probs",
+    "keep": "policy_mask",
+}
 LEAVES = ("lp", "entropy", "exact_kl")
 
 
@@ -406,7 +446,9 @@ def completions(seed):
     for n, scale in zip(LENGTHS, SPREADS, strict=True):
         noise = torch.randn(4, n, generator=g, dtype=torch.float64)
         lp = -torch.rand(n, generator=g, dtype=torch.float64) * 3 - 0.01
-        c = SimpleNamespace(lp=lp, old=lp - scale * noise[0], ref=lp + noise[1], entropy=noise[2].abs())
+        c = SimpleNamespace(
+            lp=lp, old=lp - scale * noise[0], ref=lp + noise[1], entropy=noise[2].abs()
+        )
         c.exact_kl = noise[3].square()
         c.sampler = c.old - torch.randn(n, generator=g, dtype=torch.float64)
         c.keep = torch.rand(n, generator=g) < 0.7
@@ -417,13 +459,25 @@ def completions(seed):
         for i, far in ((1, 25.0), (6, -25.0)):
             c = out[i]
             c.lp[0] = min(0.0, far) - 5
-            c.a, c.old, c.ref, c.sampler = (1 - seed) * math.copysign(1.0, far), c.lp - far, c.lp - far, c.lp - 2 * far
+            c.a, c.old, c.ref, c.sampler = (
+                (1 - seed) * math.copysign(1.0, far),
+                c.lp - far,
+                c.lp - far,
+                c.lp - 2 * far,
+            )
         out[4].lp[:2] -= 4
         out[4].old[:2], out[4].a = out[4].lp[:2] + torch.tensor([-3.2, 3.2]), -1.3
         out[4].sampler[:2] = out[4].old[:2] + torch.tensor([-22.0, 22.0])
         out[5].lp[0], out[5].old[0], out[5].ref[0] = -25.5, -25.5, -0.5
-        out[7].lp[0], out[7].old[0] = -30.0, -6.0  # beyond the limit, in the middle of a completion whose mean is not
-        out[3].lp[0], out[3].old[0], out[3].a = -0.1, -2.0, 0.8  # a probability that has gone up by 0.77
+        out[7].lp[0], out[7].old[0] = (
+            -30.0,
+            -6.0,
+        )  # beyond the limit, in the middle of a completion whose mean is not
+        out[3].lp[0], out[3].old[0], out[3].a = (
+            -0.1,
+            -2.0,
+            0.8,
+        )  # a probability that has gone up by 0.77
     for c in out:
         for name in LEAVES:
             getattr(c, name).requires_grad_()
@@ -440,12 +494,16 @@ def slow_loss(p, cs, on_policy, keep):
             learns = torch.autograd.grad(sum(losses) + 0 * c.lp.sum(), c.lp, retain_graph=True)[0]
             idle += int((learns == 0).sum())
         if p.sampler:
-            weights = SAMPLERS[p.sampler]([o - float(s) for o, s in zip(old, c.sampler, strict=True)], p.cap)
+            weights = SAMPLERS[p.sampler](
+                [o - float(s) for o, s in zip(old, c.sampler, strict=True)], p.cap
+            )
             losses = [w * x for w, x in zip(weights, losses, strict=True)]
         if keep:
             losses = [x if k else 0.0 * x for k, x in zip(c.keep, losses, strict=True)]
         row = []
-        for x, y, o, ref, h, exact in zip(losses, lp, old, c.ref, c.entropy, c.exact_kl, strict=True):
+        for x, y, o, ref, h, exact in zip(
+            losses, lp, old, c.ref, c.entropy, c.exact_kl, strict=True
+        ):
             r = ratios([y - o], "token")[0]
             kl = KL[p.kl](y - ref, r, exact) if p.beta else 0.0
             row.append(x + p.beta * kl - p.bonus * h)
@@ -488,20 +546,27 @@ def batch(cs, on_policy=False, keep=False):
 def gradients(loss, cs):
     leaves = [getattr(c, name) for c in cs for name in LEAVES]
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return torch.cat([torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)])
+    return torch.cat(
+        [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+    )
 
 
 def fast_loss(o, cs, size, **how):
     """The sum over micro-batches of `size`, with the weights of the whole step, and the metrics."""
     module, total, sums = GRPOLoss(o), 0.0, {}
     lengths = [len(c.lp) for c in cs]
-    weights = token_weights(lengths, o.loss_agg_mode, o.loss_scale_factor or MAX_NEW_TOKENS).double()
+    weights = token_weights(
+        lengths, o.loss_agg_mode, o.loss_scale_factor or MAX_NEW_TOKENS
+    ).double()
     for i in range(0, len(cs), size):
         e, (lp, entropy, exact_kl) = batch(cs[i : i + size], **how)
         loss, metrics = module(lp, e, weights[i : i + size], entropy, exact_kl)
         total = total + loss
         for name, (value, count) in metrics.items():
-            sums[name] = [sums.get(name, [0, 0])[0] + float(value), sums.get(name, [0, 0])[1] + int(count)]
+            sums[name] = [
+                sums.get(name, [0, 0])[0] + float(value),
+                sums.get(name, [0, 0])[1] + int(count),
+            ]
     return total, sums
 
 
@@ -510,11 +575,20 @@ def test_loss_and_gradient_equal_the_double_loop(case):
     """Value, gradient and metrics, on- and off-policy, with and without a policy mask; every branch is taken."""
     row, given, paper = CASES[case]
     TAKEN.clear()
-    for seed, on_policy, keep in [(0, False, False), (1, False, True), (2, False, False), (3, True, False)]:
+    for seed, on_policy, keep in [
+        (0, False, False),
+        (1, False, True),
+        (2, False, False),
+        (3, True, False),
+    ]:
         cs = completions(seed)
         slow, r_sum, kl_sum, idle = slow_loss(paper, cs, on_policy, keep)
-        fast, sums = fast_loss(build_objective(row, **given), cs, len(cs), on_policy=on_policy, keep=keep)
-        assert fast.item() == pytest.approx(slow.item(), rel=1e-6, abs=1e-7)  # the weights are float32
+        fast, sums = fast_loss(
+            build_objective(row, **given), cs, len(cs), on_policy=on_policy, keep=keep
+        )
+        assert fast.item() == pytest.approx(
+            slow.item(), rel=1e-6, abs=1e-7
+        )  # the weights are float32
         torch.testing.assert_close(gradients(fast, cs), gradients(slow, cs), rtol=1e-6, atol=1e-12)
         assert sums["train/ratio_mean"] == [pytest.approx(r_sum), sum(LENGTHS)]
         assert sums["train/clipped_share"] == [idle, sum(LENGTHS)]
@@ -546,7 +620,9 @@ def test_micro_batches_add_up_to_the_full_batch(row):
         full, sums = fast_loss(o, cs, len(cs), **how)
         for size in (1, 2, 3, 4):
             part, other = fast_loss(o, cs, size, **how)
-            torch.testing.assert_close(gradients(part, cs), gradients(full, cs), rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(
+                gradients(part, cs), gradients(full, cs), rtol=1e-12, atol=1e-15
+            )
             full, _ = fast_loss(o, cs, len(cs), **how)
             assert part.item() == pytest.approx(full.item(), rel=1e-12)
             assert other == {k: [pytest.approx(v), n] for k, (v, n) in sums.items()}
@@ -593,7 +669,9 @@ def exact(forward):
 @pytest.mark.parametrize("estimator", [k for k in NAMES["kl_estimator"] if k != "full"])
 def test_kl_estimators_in_expectation(estimator):
     """The comment above KL_ESTIMATORS, enumerated: what each one is as a value, and as a gradient."""
-    base = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(estimator.removesuffix("+"), estimator.removesuffix("+"))
+    base = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(
+        estimator.removesuffix("+"), estimator.removesuffix("+")
+    )
     value, gradient = expectation(estimator)
     kl, right = exact(forward=True)
     _, other = exact(forward=False)
@@ -601,7 +679,11 @@ def test_kl_estimators_in_expectation(estimator):
     directions = {"none": torch.zeros(5, dtype=torch.float64), "right": right, "other": other}
     expected = {"k1": "none", "k2": "right", "k3": "other", "k3-ratio": "right", "abs": "neither"}
     expected = "right" if estimator.endswith("+") else expected[base]
-    found = [name for name, g in directions.items() if torch.allclose(gradient, g, rtol=1e-12, atol=1e-15)]
+    found = [
+        name
+        for name, g in directions.items()
+        if torch.allclose(gradient, g, rtol=1e-12, atol=1e-15)
+    ]
     assert found == [expected] or (found == [] and expected == "neither")
 
 
@@ -609,7 +691,8 @@ def test_only_the_ratio_keeps_the_kl_right_off_policy():
     """`k3-ratio`, value and gradient; the plain estimators are of another distribution then."""
     for estimator in ("k1", "k2", "k3", "k3+", "k3-ratio"):
         found = [
-            torch.allclose(a, b, rtol=1e-12) for a, b in zip(expectation(estimator, OLD), exact(True), strict=True)
+            torch.allclose(a, b, rtol=1e-12)
+            for a, b in zip(expectation(estimator, OLD), exact(True), strict=True)
         ]
         assert found == [estimator == "k3-ratio"] * 2, estimator
 
@@ -635,14 +718,28 @@ REFUSED = [
 ]  # fmt: skip
 # More ways to the same sentences, and their neighbours.
 REFUSED_TOO = [
-    ("reinforce", {"clip_eps_high": 0.2}, "reinforce does not clip", {"surrogate": "dppo", "ratio_level": "token"}),
+    (
+        "reinforce",
+        {"clip_eps_high": 0.2},
+        "reinforce does not clip",
+        {"surrogate": "dppo", "ratio_level": "token"},
+    ),
     ("cispo", {"clip_ratio_c": 9.0}, "not to cispo", {"surrogate": "clip"}),
     ("gspo", {"surrogate": "gmpo"}, "no use for --ratio_level", {"surrogate": "cispo"}),
     ("gspo", {"surrogate": "reinforce"}, "no use for --ratio_level", {"surrogate": "sapo"}),
     ("dapo", {"kl_in_reward": True}, "without a KL", {"kl_weight": 0.1}),
     ("rloo", {"kl_estimator": "full"}, "A reward has no gradient", {"kl_in_reward": False}),
-    ("rloo", {"kl_estimator": "k3-ratio"}, "A reward has no gradient", {"kl_estimator": "low_var_kl"}),
-    *((row, {column: "nonsense"}, "nonsense", {column: None}) for row in ("grpo",) for column in NAMES),
+    (
+        "rloo",
+        {"kl_estimator": "k3-ratio"},
+        "A reward has no gradient",
+        {"kl_estimator": "low_var_kl"},
+    ),
+    *(
+        (row, {column: "nonsense"}, "nonsense", {column: None})
+        for row in ("grpo",)
+        for column in NAMES
+    ),
 ]
 
 
@@ -657,8 +754,14 @@ def test_what_means_nothing_is_refused_and_its_neighbour_is_not(row, given, sent
 
 def test_every_refusal_is_reached():
     """As many sentences in `contradiction` as in the table above, each of them another one; an unknown row too."""
-    returns = [n.value for n in ast.walk(ast.parse(inspect.getsource(contradiction))) if isinstance(n, ast.Return)]
-    assert sum(not (isinstance(v, ast.Constant) and v.value is None) for v in returns) == len(REFUSED)
+    returns = [
+        n.value
+        for n in ast.walk(ast.parse(inspect.getsource(contradiction)))
+        if isinstance(n, ast.Return)
+    ]
+    assert sum(not (isinstance(v, ast.Constant) and v.value is None) for v in returns) == len(
+        REFUSED
+    )
     assert len({sentence for _, _, sentence, _ in REFUSED}) == len(REFUSED)
     with pytest.raises(UserError, match="objective"):
         build_objective("ppo")
@@ -670,7 +773,13 @@ def test_the_adaptive_entropy_bonus_moves_acts_and_is_saved():
     assert o.trains_everything and not build_objective("dapo").trains_everything
     assert build_objective("dapo", entropy_target=0.5).trains_everything
     loss = GRPOLoss(o)
-    expected = [(0.4, 0.015, True), (0.5, 0.02, True), (0.6, 0.015, False), (0.3, 0.02, True), *[(0.9, 0.0, False)] * 6]
+    expected = [
+        (0.4, 0.015, True),
+        (0.5, 0.02, True),
+        (0.6, 0.015, False),
+        (0.3, 0.02, True),
+        *[(0.9, 0.0, False)] * 6,
+    ]
     for i, (entropy, weight, acts) in enumerate(expected):
         loss.adapt(entropy)
         if i < 4:
@@ -689,8 +798,13 @@ def test_the_adaptive_entropy_bonus_moves_acts_and_is_saved():
     grown = GRPOLoss(build_objective("dapo", entropy_target=0.5))
     grown.adapt(0.1)
     e, (lp, entropy, _) = batch(completions(1)[:1])
-    loss, before = (f(lp, e, torch.full((1,), 0.2), entropy)[0] for f in (grown, GRPOLoss(build_objective("dapo"))))
-    assert (before - loss).item() == pytest.approx(0.005 * entropy.mean().item()), "one that began at 0 acts too"
+    loss, before = (
+        f(lp, e, torch.full((1,), 0.2), entropy)[0]
+        for f in (grown, GRPOLoss(build_objective("dapo")))
+    )
+    assert (before - loss).item() == pytest.approx(0.005 * entropy.mean().item()), (
+        "one that began at 0 acts too"
+    )
     fixed = GRPOLoss(build_objective("grpo", entropy_weight=0.01))
     fixed.adapt(9.0)
     assert fixed.entropy_bonus == pytest.approx(0.01), "without a target it stays"

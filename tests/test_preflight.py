@@ -18,12 +18,19 @@ from preflight import check_sampler
 
 @pytest.fixture(scope="module")
 def questions(tokenizer):
-    return with_prompts(load_questions(str(ROOT / "tiny" / "task"), "train")[:50], tokenizer, "", 128)[0]
+    return with_prompts(
+        load_questions(str(ROOT / "tiny" / "task"), "train")[:50], tokenizer, "", 128
+    )[0]
 
 
 def check(sampler, trainer, tokenizer, questions, temperature=1.0, **settings):
     torch.manual_seed(0)
-    config = Config(preset="tiny", precision=settings.pop("precision", "fp32"), temperature=temperature, **settings)
+    config = Config(
+        preset="tiny",
+        precision=settings.pop("precision", "fp32"),
+        temperature=temperature,
+        **settings,
+    )
     check_sampler(sampler, Policy(trainer, temperature), tokenizer, questions, config)
 
 
@@ -56,12 +63,16 @@ def rounded_head(model):
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn).float())
 
 
-@pytest.mark.parametrize("spoil", [other_temperature, noisy_weights, rounded_head], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "spoil", [other_temperature, noisy_weights, rounded_head], ids=lambda f: f.__name__
+)
 def test_a_sampler_that_differs_is_refused(tokenizer, questions, spoil):
     model, other = load_model("tiny/model", "fp32"), load_model("tiny/model", "fp32")
     torch.manual_seed(1)
     spoil(other)
-    with pytest.raises(UserError, match="sampled from otherwise than it is trained.*try another model"):
+    with pytest.raises(
+        UserError, match="sampled from otherwise than it is trained.*try another model"
+    ):
         check(other, model, tokenizer, questions)
 
 
@@ -84,7 +95,11 @@ def test_another_prompt_is_refused(tokenizer, questions, monkeypatch):
     """A template of the sampler's own: a token more in front of each prompt."""
     model = load_model("tiny/model", "fp32")
     real = rollout.pad_left
-    monkeypatch.setattr(rollout, "pad_left", lambda prompts, pad, device: real([[5, *p] for p in prompts], pad, device))
+    monkeypatch.setattr(
+        rollout,
+        "pad_left",
+        lambda prompts, pad, device: real([[5, *p] for p in prompts], pad, device),
+    )
     with pytest.raises(UserError, match="sampled from otherwise"):
         check(model, model, tokenizer, questions)
 
@@ -107,7 +122,11 @@ def test_weights_that_are_not_finite_are_said(tokenizer, questions):
 
 def test_a_run_that_is_refused_writes_nothing(tmp_path, monkeypatch, capsys):
     real = rollout.pad_left
-    monkeypatch.setattr(rollout, "pad_left", lambda prompts, pad, device: real([[5, *p] for p in prompts], pad, device))
+    monkeypatch.setattr(
+        rollout,
+        "pad_left",
+        lambda prompts, pad, device: real([[5, *p] for p in prompts], pad, device),
+    )
     with pytest.raises(SystemExit) as caught:
         train.main(["--preset=tiny", "--device=cpu", f"--run_dir={tmp_path}/run"])
     assert caught.value.code == 2 and "sampled from otherwise" in capsys.readouterr().err
@@ -121,8 +140,18 @@ def test_a_broken_model_file_is_said_at_the_start(tmp_path, tokenizer, capsys):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit):
-        train.main(["--preset=tiny", "--device=cpu", f"--model={tmp_path}/model", f"--run_dir={tmp_path}/run"])
-    assert "computes NaN: its weights are damaged" in capsys.readouterr().err and not (tmp_path / "run").exists()
+        train.main(
+            [
+                "--preset=tiny",
+                "--device=cpu",
+                f"--model={tmp_path}/model",
+                f"--run_dir={tmp_path}/run",
+            ]
+        )
+    assert (
+        "computes NaN: its weights are damaged" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
 
 
 class Wrong(nn.Module):
@@ -184,6 +213,8 @@ def test_what_is_tried_is_what_will_sample(tmp_path, monkeypatch):
     """In bf16 that is the twin."""
     seen = []
     monkeypatch.setattr(train, "check_sampler", lambda model, *others: seen.append(model))
-    config = train.parse_config(["--preset=tiny", "--device=cpu", "--precision=bf16", f"--run_dir={tmp_path}/run"])[0]
+    config = train.parse_config(
+        ["--preset=tiny", "--device=cpu", "--precision=bf16", f"--run_dir={tmp_path}/run"]
+    )[0]
     t = train.build(config, None)
     assert t.twin is not None and seen == [t.twin]

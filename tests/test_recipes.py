@@ -36,14 +36,19 @@ def moved(t, size):
 def caught(t):
     """A list into which each optimizer step puts its gradient, and moves nothing."""
     found = []
-    t.optimizer.step = lambda: found.append(torch.cat([p.grad.clone().flatten() for p in t.model.parameters()]))
+    t.optimizer.step = lambda: found.append(
+        torch.cat([p.grad.clone().flatten() for p in t.model.parameters()])
+    )
     return found
 
 
 @pytest.mark.parametrize("flags", CHOICES, ids=" ".join)
 def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flags):
     """One optimizer step on data that a slightly other policy sampled, in micro-batches of 3 and all at once."""
-    t, buffer = build(tmp_path, "--epochs_per_step=2", "--max_norm=1e9", *flags), train.ReplayBuffer()
+    t, buffer = (
+        build(tmp_path, "--epochs_per_step=2", "--max_norm=1e9", *flags),
+        train.ReplayBuffer(),
+    )
     train.seed_step(5, 1)
     groups = train.mark(t, train.ask(t, t.config.rollouts_per_step))
     train.remember(t, buffer, groups, train.compare(t, groups))
@@ -57,12 +62,20 @@ def test_micro_batches_never_change_the_gradient_of_any_objective(tmp_path, flag
 
 
 def test_dynamic_sampling_replaces_the_groups_without_spread(tmp_path):
-    t = build(tmp_path, "--objective=dapo", "--rollouts_per_step=12", "--group_size=2", "--dataset=tiny/task")
+    t = build(
+        tmp_path,
+        "--objective=dapo",
+        "--rollouts_per_step=12",
+        "--group_size=2",
+        "--dataset=tiny/task",
+    )
     train.seed_step(t.config.seed, 1)
     first = train.mark(t, train.ask(t, 12))
     kept = [i for i, g in enumerate(first) if not g.idle]
     assert [g.idle for g in first] == [not has_spread(g.returns) for g in first]
-    assert 0 < len(kept) < 12, "some groups of two must be without spread, or nothing is replaced here"
+    assert 0 < len(kept) < 12, (
+        "some groups of two must be without spread, or nothing is replaced here"
+    )
     groups = train.replace_idle(t, first)
     assert len(groups) == 12 and all(has_spread(g.returns) for g in groups)
     assert all(groups[i] is first[i] for i in kept)
@@ -82,11 +95,17 @@ def test_dynamic_sampling_is_bounded(tmp_path):
         "def same(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"
     )
     reward = f"--reward={tmp_path}/same.py:same"
-    t = build(tmp_path / "run", "--dynamic_sampling=3", reward, "--rollouts_per_step=4", "--group_size=6")
+    t = build(
+        tmp_path / "run", "--dynamic_sampling=3", reward, "--rollouts_per_step=4", "--group_size=6"
+    )
     groups = train.replace_idle(t, train.mark(t, train.ask(t, 4)))
     assert len(groups) == 4 and t.questions.position == 12
     row = t.monitor.flush(1, 1)
-    assert row["rollout/rounds"] == 3 and row["rollout/idle_groups"] == 4 and row["rollout/no_spread_share"] == 1
+    assert (
+        row["rollout/rounds"] == 3
+        and row["rollout/idle_groups"] == 4
+        and row["rollout/no_spread_share"] == 1
+    )
 
 
 def test_dynamic_sampling_asks_for_as_many_as_are_missing(tmp_path, monkeypatch):
@@ -95,7 +114,9 @@ def test_dynamic_sampling_asks_for_as_many_as_are_missing(tmp_path, monkeypatch)
     spread = iter([0, 1, 0, 0, 1, 0, 1, 1])
     real = train.mark
     monkeypatch.setattr(
-        train, "mark", lambda t, groups: [train.replace(g, idle=not next(spread)) for g in real(t, groups)]
+        train,
+        "mark",
+        lambda t, groups: [train.replace(g, idle=not next(spread)) for g in real(t, groups)],
     )
     groups = train.replace_idle(t, train.mark(t, train.ask(t, 4)))
     assert t.questions.position == 8 and not any(g.idle for g in groups)
@@ -130,7 +151,10 @@ def test_truncated_completions_are_compared_but_not_trained_on(tmp_path):
     row = t.monitor.flush(1, 1)
     for name, right in (("rollout/tokens_right", True), ("rollout/tokens_wrong", False)):
         lengths = [
-            len(c.ids) for g in groups for c in g.completions if is_correct(c.text, g.question.reference) == right
+            len(c.ids)
+            for g in groups
+            for c in g.completions
+            if is_correct(c.text, g.question.reference) == right
         ]
         assert row.get(name, 0) == pytest.approx(sum(lengths) / max(1, len(lengths)))
     assert "rollout/rounds" not in row and "rollout/idle_groups" not in row
@@ -164,12 +188,23 @@ def test_what_cannot_be_scored_is_in_no_mean(tmp_path):
 
 def test_several_rewards_keep_their_weights(tmp_path):
     """GDPO: each reward compared in its group, then added up with its own weight, then whitened."""
-    t = build(tmp_path, "--objective=gdpo", "--reward", "accuracy", "length_penalty", "--reward_weights", "1", "0.3")
+    t = build(
+        tmp_path,
+        "--objective=gdpo",
+        "--reward",
+        "accuracy",
+        "length_penalty",
+        "--reward_weights",
+        "1",
+        "0.3",
+    )
     groups = train.mark(t, train.ask(t, 3))
     for g in groups:
         penalties = [-len(c.ids) / 48 for c in g.completions]
         assert g.rewards[1].tolist() == pytest.approx(penalties)
-        assert g.rewards[0].tolist() == [is_correct(c.text, g.question.reference) for c in g.completions]
+        assert g.rewards[0].tolist() == [
+            is_correct(c.text, g.question.reference) for c in g.completions
+        ]
     table = torch.stack([g.rewards for g in groups]).double()  # (Q, K, G)
     centred = table - table.mean(-1, keepdim=True)
     relative = centred / (table.std(-1, keepdim=True) + 1e-4)
@@ -182,7 +217,9 @@ def test_the_overlong_penalty_knows_the_budget(tmp_path):
     """The last fifth of 10 tokens: whoever used all of them pays 1, nine of them one half."""
     t = build(tmp_path, "--reward=soft_overlong", "--max_new_tokens=10")
     groups = train.mark(t, train.ask(t, 3))
-    paid = {len(c.ids): float(r) for g in groups for c, r in zip(g.completions, g.returns, strict=True)}
+    paid = {
+        len(c.ids): float(r) for g in groups for c, r in zip(g.completions, g.returns, strict=True)
+    }
     assert paid[10] == -1.0 and all(r == -max(0, n - 8) / 2 for n, r in paid.items())
 
 
@@ -191,7 +228,10 @@ def test_the_constant_normaliser_scales_the_loss(tmp_path):
     losses = {}
     for factor in (None, 48, 96):
         flags = [f"--loss_scale_factor={factor}"] if factor else []
-        t, buffer = build(tmp_path / str(factor), "--objective=dr_grpo", *flags), train.ReplayBuffer()
+        t, buffer = (
+            build(tmp_path / str(factor), "--objective=dr_grpo", *flags),
+            train.ReplayBuffer(),
+        )
         train.seed_step(1, 1)
         groups = train.mark(t, train.ask(t, 3))
         train.remember(t, buffer, groups, train.compare(t, groups))
@@ -217,7 +257,9 @@ def test_kl_in_the_reward(tmp_path, estimator):
     for g in train.mark(t, train.ask(t, 3)):
         for c, r in zip(g.completions, g.returns, strict=True):
             prompt, right = g.question.prompt_ids, is_correct(c.text, g.question.reference)
-            d = log_probs_alone(t.model, prompt, c.ids) - log_probs_alone(t.reference.model, prompt, c.ids)
+            d = log_probs_alone(t.model, prompt, c.ids) - log_probs_alone(
+                t.reference.model, prompt, c.ids
+            )
             kl = (d if estimator == "k1" else torch.exp(-d) + d - 1).sum()
             total, tokens = total + float(kl), tokens + len(c.ids)
             assert kl.abs() > 1e-3
@@ -228,7 +270,9 @@ def test_kl_in_the_reward(tmp_path, estimator):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flags", [["--temperature=0.7"], ["--temperature=1.3", "--top_p=0.8"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["--temperature=0.7"], ["--temperature=1.3", "--top_p=0.8"]], ids=" ".join
+)
 def test_the_sampler_notes_what_it_drew_with(tmp_path, flags):
     """Against the filters written out: temperature first, then the smallest set of tokens with top_p of the mass."""
     t = build(tmp_path, *flags, "--rollout_batch_size=3")
@@ -268,7 +312,9 @@ def test_the_tokens_of_highest_entropy(tmp_path):
     with torch.no_grad():
         entropies = torch.cat([t.policy(train.pad_batch([e]))[1][0] for e in buffer.items])
     chosen = torch.cat([e.policy_mask for e in buffer.items])
-    assert 0.25 * len(chosen) - 1 <= chosen.sum() <= 0.3 * len(chosen), "a quarter, and what is equal to its last"
+    assert 0.25 * len(chosen) - 1 <= chosen.sum() <= 0.3 * len(chosen), (
+        "a quarter, and what is equal to its last"
+    )
     assert entropies[chosen].min() >= entropies[~chosen].max() - 1e-5
     one = train.recall(t, buffer.items[:1], old=False, ref=False, top_entropy=0.01)
     assert one[0].policy_mask.sum() == 1, "never none"
@@ -276,7 +322,13 @@ def test_the_tokens_of_highest_entropy(tmp_path):
 
 def test_the_gradient_of_the_exact_kl_and_of_the_entropy(tmp_path):
     """A whole optimizer step with `full`, against one completion at a time with all its logits; so is its entropy."""
-    flags = ["--kl_weight=0.3", "--kl_estimator=full", "--entropy_weight=0.2", "--temperature=0.8", "--max_norm=1e9"]
+    flags = [
+        "--kl_weight=0.3",
+        "--kl_estimator=full",
+        "--entropy_weight=0.2",
+        "--temperature=0.8",
+        "--max_norm=1e9",
+    ]
     t, buffer = build(tmp_path, *flags, "--micro_batch_size=5"), train.ReplayBuffer()
     groups = train.mark(t, train.ask(t, 3))
     advantages = train.compare(t, groups)
@@ -286,7 +338,10 @@ def test_the_gradient_of_the_exact_kl_and_of_the_entropy(tmp_path):
     total, kls, entropies = 0.0, [], []
     for g, row in zip(groups, advantages, strict=True):
         for c, a in zip(g.completions, row, strict=True):
-            ids, start = torch.tensor([g.question.prompt_ids + c.ids]), len(g.question.prompt_ids) - 1
+            ids, start = (
+                torch.tensor([g.question.prompt_ids + c.ids]),
+                len(g.question.prompt_ids) - 1,
+            )
             rows = torch.log_softmax(t.model(ids).logits[0, start:-1] / 0.8, -1)
             with torch.no_grad():
                 others = torch.log_softmax(t.reference.model(ids).logits[0, start:-1] / 0.8, -1)
@@ -309,15 +364,26 @@ def test_exact_kl_and_entropy_over_the_vocabulary(monkeypatch):
     monkeypatch.setitem(LOGITS_AT_A_TIME, "cpu", 40)
     torch.manual_seed(0)
     logits, others = torch.randn(7, 11), torch.randn(7, 11)
-    logits[:, 10], others[:, 10] = torch.finfo(torch.bfloat16).min, -torch.inf  # a token that the model never says
+    logits[:, 10], others[:, 10] = (
+        torch.finfo(torch.bfloat16).min,
+        -torch.inf,
+    )  # a token that the model never says
     logits.requires_grad_()
     tokens, weights = torch.randint(10, (7,)), torch.randn(3, 7)
     found = token_log_probs(logits, tokens, 0.7, reference=others)
-    policy, reference = (torch.distributions.Categorical(logits=x[:, :10] / 0.7) for x in (logits, others))
-    expected = policy.log_prob(tokens), policy.entropy(), torch.distributions.kl_divergence(policy, reference)
+    policy, reference = (
+        torch.distributions.Categorical(logits=x[:, :10] / 0.7) for x in (logits, others)
+    )
+    expected = (
+        policy.log_prob(tokens),
+        policy.entropy(),
+        torch.distributions.kl_divergence(policy, reference),
+    )
     for a, b, w in zip(found, expected, weights, strict=True):
         torch.testing.assert_close(a, b)
-        gradients = (torch.autograd.grad((x * w).sum(), logits, retain_graph=True)[0] for x in (a, b))
+        gradients = (
+            torch.autograd.grad((x * w).sum(), logits, retain_graph=True)[0] for x in (a, b)
+        )
         torch.testing.assert_close(*gradients)
 
 
@@ -342,5 +408,7 @@ def test_the_entropy_bonus_raises_the_entropy_and_moves_towards_its_target(tmp_p
 def test_a_greedy_completion_is_not_drawn(tmp_path):
     """So it has no log-probability, and the evaluation does not pay for noting one."""
     t = build(tmp_path)
-    ((greedy,),) = train.rollout(t.model, t.tokenizer, t.questions.take(1), 1, train.Sampling(20, temperature=0.0))
+    ((greedy,),) = train.rollout(
+        t.model, t.tokenizer, t.questions.take(1), 1, train.Sampling(20, temperature=0.0)
+    )
     assert greedy.ids and greedy.log_probs is None

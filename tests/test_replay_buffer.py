@@ -11,7 +11,10 @@ END = PAD = 2  # the same id, and it stands inside the prompts too
 def experiences():
     rows = [([7, END, 8], [5, END]), ([7], [5, 6, 9]), ([END, END, 8, 8], [END])]
     made = [Experience.of(p, c, returns=float(i), advantage=i / 2) for i, (p, c) in enumerate(rows)]
-    return [Experience(**{**vars(e), "action_log_probs": -torch.arange(1.0, e.num_actions + 1)}) for e in made]
+    return [
+        Experience(**{**vars(e), "action_log_probs": -torch.arange(1.0, e.num_actions + 1)})
+        for e in made
+    ]
 
 
 def test_padding_layout():
@@ -50,7 +53,11 @@ def test_the_shuffle_is_seeded():
         buffer.append(Experience.of([1], [2], returns=float(i), advantage=0.0))
 
     def order(seed):
-        return [float(e.returns) for b in buffer.mini_batches(8, torch.Generator().manual_seed(seed)) for e in b]
+        return [
+            float(e.returns)
+            for b in buffer.mini_batches(8, torch.Generator().manual_seed(seed))
+            for e in b
+        ]
 
     assert order(1) == order(1) != order(2)
 

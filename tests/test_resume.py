@@ -20,9 +20,27 @@ from loss import OBJECTIVES
 
 CHOICES = [
     *([f"--objective={name}"] for name in OBJECTIVES),
-    ["--kl_weight=0.05", "--warmup_steps=3", "--group_size=3", "--rollouts_per_step=5", "--train_batch_size=7"],
-    ["--objective=dapo", "--reward", "accuracy", "--reward_weights", "1"],  # groups without spread, replaced
-    ["--entropy_target=0.5", "--entropy_weight=0.01", "--top_entropy=0.5", "--temperature=0.8", "--eval_samples=2"],
+    [
+        "--kl_weight=0.05",
+        "--warmup_steps=3",
+        "--group_size=3",
+        "--rollouts_per_step=5",
+        "--train_batch_size=7",
+    ],
+    [
+        "--objective=dapo",
+        "--reward",
+        "accuracy",
+        "--reward_weights",
+        "1",
+    ],  # groups without spread, replaced
+    [
+        "--entropy_target=0.5",
+        "--entropy_weight=0.01",
+        "--top_entropy=0.5",
+        "--temperature=0.8",
+        "--eval_samples=2",
+    ],
     ["--precision=bf16", "--gradient_checkpointing", "--kl_weight=0.1"],
     ["--precision=bf16-pure", "--weight_decay=0.1"],
 ]
@@ -30,7 +48,9 @@ CHOICES = [
 
 def same_checkpoint(run, other, name):
     """Weights and optimizer, bit for bit."""
-    states = [torch.load(folder / name / "trainer_state.pt", weights_only=True) for folder in (run, other)]
+    states = [
+        torch.load(folder / name / "trainer_state.pt", weights_only=True) for folder in (run, other)
+    ]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     weights = [(folder / name / "model.safetensors").read_bytes() for folder in (run, other)]
     return weights[0] == weights[1]
@@ -52,9 +72,18 @@ def test_a_resumed_run_equals_one_that_never_stopped(tiny_run, tmp_path, few_que
     """Killed in step 3 and resumed from step 2: two epochs over each rollout, an evaluation in every step."""
     few = ten_questions(tmp_path / "few.jsonl", few_questions)
     whole = tiny_run(
-        "whole", *few, "--steps=3", "--epochs_per_step=2", "--eval_interval=1", "--eval_questions=5", *ALWAYS, *flags
+        "whole",
+        *few,
+        "--steps=3",
+        "--epochs_per_step=2",
+        "--eval_interval=1",
+        "--eval_questions=5",
+        *ALWAYS,
+        *flags,
     )
-    assert all(row["train/grad_norm"] > 0 for row in metrics(whole)[1:]), "every step must have trained"
+    assert all(row["train/grad_norm"] > 0 for row in metrics(whole)[1:]), (
+        "every step must have trained"
+    )
     killed = tmp_path / "killed"
     shutil.copytree(whole, killed)
     shutil.rmtree(killed / "checkpoint-3")
@@ -81,7 +110,9 @@ def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
             with events.open("ab") as file:
                 file.write(b"\x18\x00\x00\x00")  # the begin of a record's length
         tiny_run("killed", f"--resume={killed}")
-    log = EventAccumulator(str(killed), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
+    log = EventAccumulator(
+        str(killed), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False
+    )
     log.Reload()
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(7))
@@ -91,9 +122,14 @@ def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
         shown = [(e.step, e.value) for e in log.Scalars(tag)]
         assert shown == [(row["step"], pytest.approx(row[tag])) for row in rows if tag in row], tag
     starts = [
-        e for f in sorted(killed.glob("events.*")) for e in EventFileLoader(str(f)).Load() if e.HasField("session_log")
+        e
+        for f in sorted(killed.glob("events.*"))
+        for e in EventFileLoader(str(f)).Load()
+        if e.HasField("session_log")
     ]
-    assert [e.step for e in starts][-1] == 5, "and a reader that is looking on is told from where on to forget"
+    assert [e.step for e in starts][-1] == 5, (
+        "and a reader that is looking on is told from where on to forget"
+    )
     pages = [e.step for e in log.Tensors("samples/completion_1/text_summary")]
     assert pages == list(range(1, 7))
 
@@ -109,7 +145,11 @@ def test_killed_before_the_first_checkpoint(tiny_run):
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
     """Whoever runs the tests may ignore some: nohup, or a shell that has put them in the background."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, handler in before.items():
@@ -173,7 +213,12 @@ def test_a_reward_that_fails_costs_no_step(tiny_run, tmp_path, capsys):
         "        raise OSError('the judge does not answer')\n"
         "    return [-len(c) / 50 for c in completions]\n"
     )
-    flags = [f"--reward={tmp_path}/mine.py:short", "--checkpoint_interval=100", "--steps=6", "--eval_interval=4"]
+    flags = [
+        f"--reward={tmp_path}/mine.py:short",
+        "--checkpoint_interval=100",
+        "--steps=6",
+        "--eval_interval=4",
+    ]
     with pytest.raises(SystemExit):
         tiny_run("failed", *flags)
     said, failed = capsys.readouterr().err, tmp_path / "failed"
@@ -188,8 +233,12 @@ def test_a_reward_that_fails_costs_no_step(tiny_run, tmp_path, capsys):
 def test_a_failure_does_not_save_a_checkpoint_twice(tiny_run, tmp_path, monkeypatch):
     """Where the last step was saved already, and where there is none; nor where the user wants no checkpoints."""
     saved, real = [], train.save
-    monkeypatch.setattr(train, "save", lambda t, run_dir, step: (saved.append(step), real(t, run_dir, step)))
-    (tmp_path / "mine.py").write_text("def bad(prompts, completions, **columns):\n    return [1 / 0]\n")
+    monkeypatch.setattr(
+        train, "save", lambda t, run_dir, step: (saved.append(step), real(t, run_dir, step))
+    )
+    (tmp_path / "mine.py").write_text(
+        "def bad(prompts, completions, **columns):\n    return [1 / 0]\n"
+    )
     flags = [f"--reward={tmp_path}/mine.py:bad"]
     folder = tiny_run("a", "--steps=2")
     for argv in ([f"--resume={folder}", "--steps=4", *flags], ["--checkpoint_interval=0", *flags]):

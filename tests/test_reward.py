@@ -30,12 +30,19 @@ from reward import (
 
 
 def ask(function, completions, references, **columns):
-    return function(prompts=[""] * len(completions), completions=completions, reference=references, **columns)
+    return function(
+        prompts=[""] * len(completions), completions=completions, reference=references, **columns
+    )
 
 
 def test_accuracy_gives_no_credit_for_a_part():
     """Fault 7: the substring test paid 0.5 for ` 72 `, for 172 and for a list of every number."""
-    completions = ["<answer> 72 </answer>", "<answer>172</answer>", "<answer>71 72 73</answer>", "72"]
+    completions = [
+        "<answer> 72 </answer>",
+        "<answer>172</answer>",
+        "<answer>71 72 73</answer>",
+        "72",
+    ]
     assert ask(accuracy, completions, ["72"] * 4) == [1.0, 0.0, 0.0, 0.0]
 
 
@@ -117,7 +124,9 @@ def test_format():
 
 
 def test_length_penalty():
-    assert ask(length_penalty, ["", ""], ["", ""], completion_ids=[[1] * 5, [1] * 10], max_new_tokens=10) == [
+    assert ask(
+        length_penalty, ["", ""], ["", ""], completion_ids=[[1] * 5, [1] * 10], max_new_tokens=10
+    ) == [
         -0.5,
         -1.0,
     ]
@@ -126,7 +135,9 @@ def test_length_penalty():
 def test_soft_overlong_is_the_papers_line():
     """DAPO, equation 13, with a budget of 100 and a buffer of 20."""
     for length, expected in [(1, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0)]:
-        assert ask(soft_overlong, [""], [""], completion_ids=[[1] * length], max_new_tokens=100) == [expected]
+        assert ask(
+            soft_overlong, [""], [""], completion_ids=[[1] * length], max_new_tokens=100
+        ) == [expected]
 
 
 def test_repetition_counts_runs_of_three_words():
@@ -147,14 +158,18 @@ def test_your_own_reward(tmp_path):
     total, by_name = score(rewards, [1.0, 0.5], ["p"] * 3, completions, columns)
     assert list(by_name) == ["accuracy", "short"]
     assert by_name["short"].tolist()[:2] == [-18 + 1, -2] and by_name["short"][2].isnan()
-    assert total.tolist() == [1 - 8.5, -1.0, 0.0], "the unscored one keeps what the other reward gave it"
+    assert total.tolist() == [1 - 8.5, -1.0, 0.0], (
+        "the unscored one keeps what the other reward gave it"
+    )
     total, _ = score({"short": rewards["short"]}, [1.0], ["p"] * 3, completions, columns)
     assert total[2].isnan()
 
 
 def broken(tmp_path, body):
     """A user's reward function of this body, from a file."""
-    (tmp_path / "mine.py").write_text(f"def broken(prompts, completions, colour=(), **columns):\n    {body}\n")
+    (tmp_path / "mine.py").write_text(
+        f"def broken(prompts, completions, colour=(), **columns):\n    {body}\n"
+    )
     return load_rewards([f"{tmp_path}/mine.py:broken"])
 
 
@@ -184,7 +199,13 @@ def broken(tmp_path, body):
 )  # fmt: skip
 def test_a_broken_reward_is_named(tmp_path, body, message):
     with pytest.raises(UserError, match=message):
-        score(broken(tmp_path, body), [1.0], ["", ""], ["first", "second"], {"colour": ["red", "blue"], "n": 4})
+        score(
+            broken(tmp_path, body),
+            [1.0],
+            ["", ""],
+            ["first", "second"],
+            {"colour": ["red", "blue"], "n": 4},
+        )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +227,9 @@ def test_a_reward_that_hangs_is_named(tmp_path, body):
     with pytest.raises(UserError, match=words):
         score(rewards, [1.0], ["", ""], ["first", "second"], {}, seconds=0.5)
     assert time.monotonic() - start < 20
-    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert (
+        signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    )
 
 
 def test_the_time_limit_leaves_others_alone(tmp_path):
@@ -214,7 +237,9 @@ def test_the_time_limit_leaves_others_alone(tmp_path):
     rewards = broken(tmp_path, "import time; time.sleep(0.05); return [1.0]")
     assert score(rewards, [1.0], [""], ["x"], {}, seconds=0)[0].tolist() == [1.0]
     found = []
-    thread = threading.Thread(target=lambda: found.append(score(rewards, [1.0], [""], ["x"], {}, 0.01)[0].tolist()))
+    thread = threading.Thread(
+        target=lambda: found.append(score(rewards, [1.0], [""], ["x"], {}, 0.01)[0].tolist())
+    )
     thread.start()
     thread.join()
     assert found == [[1.0]]
@@ -233,7 +258,10 @@ def test_the_time_limit_leaves_others_alone(tmp_path):
 
 
 def test_a_slow_reward_is_not_blamed_on_one_completion(tmp_path):
-    rewards = broken(tmp_path, "import time; time.sleep(0.05 * len(completions)); return [1.0] * len(completions)")
+    rewards = broken(
+        tmp_path,
+        "import time; time.sleep(0.05 * len(completions)); return [1.0] * len(completions)",
+    )
     with pytest.raises(UserError, match="no time to find|no completion does it alone"):
         score(rewards, [1.0], [""] * 40, ["x"] * 40, {}, seconds=1.0)
 
@@ -265,7 +293,11 @@ def test_reward_names(tmp_path):
 
 def test_scores_are_weighted():
     total, _ = score(
-        load_rewards(["tutorial", "accuracy"]), [2.0, -1.0], [""], ["<answer>5</answer>"], {"reference": ["72"]}
+        load_rewards(["tutorial", "accuracy"]),
+        [2.0, -1.0],
+        [""],
+        ["<answer>5</answer>"],
+        {"reference": ["72"]},
     )
     torch.testing.assert_close(total, torch.tensor([0.02]))
 
@@ -287,7 +319,12 @@ def test_nothing_that_is_written_raises(completion, reference):
     for function in REWARDS.values():
         (value,) = function(**columns)
         assert isinstance(value, float) and math.isfinite(value)
-    score(REWARDS, [1.0] * len(REWARDS), **{k: columns.pop(k) for k in ("prompts", "completions")}, columns=columns)
+    score(
+        REWARDS,
+        [1.0] * len(REWARDS),
+        **{k: columns.pop(k) for k in ("prompts", "completions")},
+        columns=columns,
+    )
     for find in (find_answer, find_reasoning):
         assert isinstance(find(completion), str | None)
     assert isinstance(same_answer(completion, reference), bool)
@@ -323,10 +360,27 @@ def test_time_is_linear(name):
 
     16 times is allowed, for what no longer fits a cache; 50 µs per kB are always allowed.
     """
-    units = ["<answer>", "</answer>", "<", "1", "1,", "1,000", "- ", "1 ", "a ", "=", "1e", "9**", "\ud800"]
+    units = [
+        "<answer>",
+        "</answer>",
+        "<",
+        "1",
+        "1,",
+        "1,000",
+        "- ",
+        "1 ",
+        "a ",
+        "=",
+        "1e",
+        "9**",
+        "\ud800",
+    ]
     for unit in units:
         function = FUNCTIONS[name]
-        small, large = per_kilobyte(function, unit, 16_000, 3), per_kilobyte(function, unit, 4_096_000, 1)
+        small, large = (
+            per_kilobyte(function, unit, 16_000, 3),
+            per_kilobyte(function, unit, 4_096_000, 1),
+        )
         assert large <= max(16 * small, 50), (unit, small, large)
 
 
@@ -343,4 +397,8 @@ def test_what_a_reward_does_to_the_process_ends_with_it(tmp_path, monkeypatch):
         rewards = load_rewards([f"{tmp_path}/mine.py:wild"])
         with contextlib.suppress(UserError):
             score(rewards, [1.0], [""], [completion], {})
-        assert os.getcwd() == str(tmp_path) and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+        assert (
+            os.getcwd() == str(tmp_path)
+            and torch.is_grad_enabled()
+            and torch.get_default_dtype() == torch.float32
+        )

@@ -14,7 +14,11 @@ from rollout import Completion, Draw, Sampling, complete, cut, end_tokens, rollo
 
 @pytest.fixture
 def prompts(tokenizer):
-    texts = ["<|user|>Tom has 5 apples.<|end|><|assistant|>", "Tom", "How many books does Zoe have?"]
+    texts = [
+        "<|user|>Tom has 5 apples.<|end|><|assistant|>",
+        "Tom",
+        "How many books does Zoe have?",
+    ]
     return [tokenizer(t)["input_ids"] for t in texts]
 
 
@@ -25,7 +29,9 @@ def test_groups_in_order(model, tokenizer, prompts):
         assert [len(g) for g in groups] == [3, 3, 3]
         for prompt, group in zip(prompts, groups, strict=True):
             alone = complete(model, tokenizer, [prompt], Sampling(4, 0.0))[0]
-            assert all(c.ids == alone.ids for c in group), "greedy, so each one equals the prompt's answer alone"
+            assert all(c.ids == alone.ids for c in group), (
+                "greedy, so each one equals the prompt's answer alone"
+            )
 
 
 def test_the_end_token_stays_and_truncation_is_marked(tokenizer):
@@ -33,7 +39,9 @@ def test_the_end_token_stays_and_truncation_is_marked(tokenizer):
     word = tokenizer(" apples")["input_ids"][0]
     assert cut([word, end, pad, pad], [end], tokenizer) == Completion([word, end], " apples", False)
     assert cut([word, end, end, end], [end], tokenizer).ids == [word, end], "pad = end"
-    assert cut([end, pad], [end], tokenizer) == Completion([end], "", False), "an empty answer still has its end token"
+    assert cut([end, pad], [end], tokenizer) == Completion([end], "", False), (
+        "an empty answer still has its end token"
+    )
     assert cut([word, word], [end], tokenizer) == Completion([word, word], " apples apples", True)
     assert cut([word, 7, pad], [end, 7], tokenizer).ids == [word, 7], "any of several end tokens"
 
@@ -74,7 +82,9 @@ def test_nothing_leaks_from_the_models_own_settings(model, tokenizer, prompts):
     torch.manual_seed(0)
     done = complete(model, tokenizer, [prompts[1]] * 2000, Sampling(1, 1.0, batch_size=2000))
     assert len({c.ids[0] for c in done}) == len(tokenizer)
-    assert model.generation_config.top_k == 1, "and the model's own settings are put back, for its checkpoint"
+    assert model.generation_config.top_k == 1, (
+        "and the model's own settings are put back, for its checkpoint"
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -85,19 +95,29 @@ def test_samples_follow_the_log_probabilities(model, tokenizer, prompts, tempera
     """
     model.lm_head.weight.data *= 20
     torch.manual_seed(0)
-    done = complete(model, tokenizer, [prompts[0]] * 20000, Sampling(1, temperature, batch_size=5000))
-    counts = torch.bincount(torch.tensor([c.ids[0] for c in done]), minlength=len(tokenizer)).double()
+    done = complete(
+        model, tokenizer, [prompts[0]] * 20000, Sampling(1, temperature, batch_size=5000)
+    )
+    counts = torch.bincount(
+        torch.tensor([c.ids[0] for c in done]), minlength=len(tokenizer)
+    ).double()
     every = torch.tensor([prompts[0] + [token] for token in range(len(tokenizer))])
-    log_probs, *_ = sequences_log_probs(model, every, torch.ones_like(every, dtype=torch.bool), 1, temperature)
+    log_probs, *_ = sequences_log_probs(
+        model, every, torch.ones_like(every, dtype=torch.bool), 1, temperature
+    )
     expected = log_probs[:, 0].detach().double().exp() * 20000
     assert expected.sum() == pytest.approx(20000, rel=1e-4)
     common = expected > 5
     chi = ((counts - expected)[common] ** 2 / expected[common]).sum()
     degrees = int(common.sum())
     assert chi < degrees + 6 * (2 * degrees) ** 0.5, (chi, degrees)
-    wrong = sequences_log_probs(model, every, torch.ones_like(every, dtype=torch.bool), 1, temperature * 1.3)[0][:, 0]
+    wrong = sequences_log_probs(
+        model, every, torch.ones_like(every, dtype=torch.bool), 1, temperature * 1.3
+    )[0][:, 0]
     wrong = wrong.detach().double().exp() * 20000
-    assert ((counts - wrong)[wrong > 5] ** 2 / wrong[wrong > 5]).sum() > 2 * chi, "the test can tell temperatures apart"
+    assert ((counts - wrong)[wrong > 5] ** 2 / wrong[wrong > 5]).sum() > 2 * chi, (
+        "the test can tell temperatures apart"
+    )
 
 
 def plain_greedy(network, prompt, end, budget):
@@ -111,7 +131,9 @@ def plain_greedy(network, prompt, end, budget):
 def test_greedy_equals_the_whole_forward_pass_token_by_token(tokenizer):
     """The bundled model, whose answers end at different lengths, so that rows leave while others go on."""
     network = load_model("tiny/model", "fp32")
-    questions, _ = with_prompts(load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128)
+    questions, _ = with_prompts(
+        load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128
+    )
     prompts = [q.prompt_ids for q in questions[:12]] + [[5], [5, 9]]
     done = complete(network, tokenizer, prompts, Sampling(40, 0.0))
     assert len({len(c.ids) for c in done}) > 2, "or nothing leaves early"
@@ -123,13 +145,17 @@ def test_greedy_equals_the_whole_forward_pass_token_by_token(tokenizer):
 def watched(network):
     """A list of the (rows, columns) of every forward pass."""
     seen = []
-    network.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[:2])))
+    network.model.embed_tokens.register_forward_hook(
+        lambda _, inputs, output: seen.append(tuple(output.shape[:2]))
+    )
     return seen
 
 
 def test_prompts_are_read_once_and_ended_rows_make_room(tokenizer):
     network = load_model("tiny/model", "fp32")
-    questions, _ = with_prompts(load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128)
+    questions, _ = with_prompts(
+        load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128
+    )
     seen = watched(network)
     torch.manual_seed(0)
     groups = rollout(network, tokenizer, questions[:4], 32, Sampling(48, batch_size=128))
@@ -149,7 +175,9 @@ def test_prompts_are_read_once_and_ended_rows_make_room(tokenizer):
 def test_each_token_was_drawn_with_the_trainers_own_log_probability(tokenizer, temperature):
     """Across prompts of several lengths and rows that leave: cache, padding and positions stay right to the end."""
     network = load_model("tiny/model", "fp32")
-    questions, _ = with_prompts(load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128)
+    questions, _ = with_prompts(
+        load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128
+    )
     torch.manual_seed(0)
     groups = rollout(network, tokenizer, questions[:6], 8, Sampling(48, temperature, batch_size=20))
     flat = [(q, c) for q, g in zip(questions, groups, strict=False) for c in g]
@@ -158,7 +186,9 @@ def test_each_token_was_drawn_with_the_trainers_own_log_probability(tokenizer, t
         sequence = torch.tensor([q.prompt_ids + c.ids])
         mask = torch.ones_like(sequence, dtype=torch.bool)
         expected, *_ = sequences_log_probs(network, sequence, mask, len(c.ids), temperature)
-        torch.testing.assert_close(torch.tensor(c.log_probs), expected[0].detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(c.log_probs), expected[0].detach(), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_token_without_probability_is_never_drawn(monkeypatch):
@@ -166,7 +196,9 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch):
     scores = torch.full((4, 700), -torch.inf)
     scores[:, 2], scores[:, 300], scores[:, 304] = 0.3, 0.2, 0.1
     for number, token in ((0.0, 2), (0.5, 300), (1 - 2**-53, 304)):
-        monkeypatch.setattr(torch, "rand", lambda *size, value=number, **kw: torch.full(size, value, **kw))
+        monkeypatch.setattr(
+            torch, "rand", lambda *size, value=number, **kw: torch.full(size, value, **kw)
+        )
         draw = Draw()
         chosen = draw(None, scores.clone())
         assert chosen.argmax(-1).tolist() == [token] * 4 and (chosen.exp().sum(-1) == 1).all()
@@ -180,7 +212,9 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch):
 def test_a_model_with_another_kind_of_state_is_sampled_plainly(tokenizer):
     """Mamba has no keys and values that could be repeated or dropped."""
     torch.manual_seed(0)
-    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4
+    )
     network = MambaForCausalLM(config).eval()
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     alone = [complete(network, tokenizer, [p], Sampling(6, 0.0))[0] for p in ([5, 6, 7], [8, 9, 4])]
@@ -204,7 +238,9 @@ def test_a_cache_that_holds_more_than_keys_and_values(tokenizer):
     network = Lfm2ForCausalLM(config).eval()
     prompts = [[9, 6, 7], [5, 6, 4], [9, 6, 7]]
     done = complete(network, tokenizer, prompts, Sampling(6, 0.0))
-    assert [c.ids for c in done] == [plain_greedy(network, p, tokenizer.eos_token_id, 6) for p in prompts]
+    assert [c.ids for c in done] == [
+        plain_greedy(network, p, tokenizer.eos_token_id, 6) for p in prompts
+    ]
 
 
 def test_the_pad_token_as_a_prompts_own(tokenizer):
@@ -214,7 +250,9 @@ def test_the_pad_token_as_a_prompts_own(tokenizer):
     prompts = [[pad, 5, 9], [5, 9], [pad, pad, 5, 9], [pad], [end, 5, end, 9]]
     for size in (1, 64):
         for prompt, c in zip(
-            prompts, complete(network, tokenizer, prompts, Sampling(20, 0.0, batch_size=size)), strict=True
+            prompts,
+            complete(network, tokenizer, prompts, Sampling(20, 0.0, batch_size=size)),
+            strict=True,
         ):
             assert c.ids == plain_greedy(network, prompt, end, 20)
 

@@ -19,7 +19,12 @@ SMALL = {
     "eos_token_id": 2,
 }  # fmt: skip
 WINDOW = {"sliding_window": 4}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_local_experts": 4}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "num_local_experts": 4,
+}
 FAMILIES = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "phi3": {}, "phi": {}, "olmo2": {}, "smollm3": {}, "glm": {},
     "granite": {"logits_scaling": 7.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
@@ -42,21 +47,35 @@ def family(name, given):
     network = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in network.parameters():
-            p += 0.2 * torch.randn_like(p)  # biases and scales that are not 0 and 1, logits that differ
+            p += 0.2 * torch.randn_like(
+                p
+            )  # biases and scales that are not 0 and 1, logits that differ
     return network
 
 
 def both(network, temperature=0.7, reference=None, rows=ROWS):
     """Results and gradient of the plain way and of the fast one, on the same network."""
     e = pad_batch([Experience.of(*row, 0.0, 0.0) for row in rows])
-    weights = torch.randn(2, *e.action_mask.shape, generator=torch.Generator().manual_seed(1)) * e.action_mask
+    weights = (
+        torch.randn(2, *e.action_mask.shape, generator=torch.Generator().manual_seed(1))
+        * e.action_mask
+    )
     for share in (False, True):
         network.zero_grad()
         found = sequences_log_probs(
-            network, e.sequences, e.attention_mask, e.num_actions, temperature, reference, share=share
+            network,
+            e.sequences,
+            e.attention_mask,
+            e.num_actions,
+            temperature,
+            reference,
+            share=share,
         )
         (weights[0] * found[0] + weights[1] * (found[1] + found[2])).sum().backward()
-        yield [x[e.action_mask] for x in found], torch.cat([p.grad.flatten() for p in network.parameters()])
+        yield (
+            [x[e.action_mask] for x in found],
+            torch.cat([p.grad.flatten() for p in network.parameters()]),
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -115,7 +134,9 @@ def test_each_prompt_is_computed_once_and_no_padding_at_all():
     network = family("llama", {})
     assert share_prompts(network, "it", 64)
     seen = []
-    network.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
+    network.model.embed_tokens.register_forward_hook(
+        lambda _, inputs, output: seen.append(output.shape[:2])
+    )
     list(both(network))
     plain, fast = seen
     assert plain == (7, 20)
@@ -131,9 +152,13 @@ def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
     kept = []
     for share in (False, True):
         kept.append([])
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(tuple(x.shape)) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept[-1].append(tuple(x.shape)) or x, lambda x: x
+        ):
             sequences_log_probs(network, e.sequences, e.attention_mask, e.num_actions, share=share)
-    plain, fast = ([s for s in shapes if 99 in s and s not in ((99, 32), (32, 99))] for shapes in kept)
+    plain, fast = (
+        [s for s in shapes if 99 in s and s not in ((99, 32), (32, 99))] for shapes in kept
+    )
     assert plain, "the plain way keeps the model's own logits"
     assert not fast
 
@@ -151,11 +176,19 @@ def test_without_entropy_gradient_only_the_log_probabilities_have_a_gradient():
             torch.testing.assert_close(a, b)
 
 
-LONG = [([*range(3, 13)], [*range(20, 45)]), ([*range(3, 13)], [*range(50, 60)]), ([*range(4, 34)], [*range(40, 70)])]
+LONG = [
+    ([*range(3, 13)], [*range(20, 45)]),
+    ([*range(3, 13)], [*range(50, 60)]),
+    ([*range(4, 34)], [*range(40, 70)]),
+]
 CORNERS = {
     "one token each": [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([4], [8])],
     "one row": [([5], [8, 9, 10])],
-    "the pad token begins a prompt": [([0, 5, 6], [8, 9]), ([5, 6], [8, 9, 10]), ([0, 0, 5, 6], [8, 9])],
+    "the pad token begins a prompt": [
+        ([0, 5, 6], [8, 9]),
+        ([5, 6], [8, 9, 10]),
+        ([0, 0, 5, 6], [8, 9]),
+    ],
     "prompts that end alike": [([7, 6, 5], [8, 9]), ([4, 6, 5], [8, 9]), ([7, 6, 5], [9, 9])],
     "long": LONG,
 }

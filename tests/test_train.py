@@ -62,7 +62,10 @@ def test_micro_batches_never_change_the_gradient(tmp_path, mode):
 
 
 def test_gradient_checkpointing_never_changes_the_gradient(tmp_path):
-    plain, recomputed = gradient(tmp_path / "a"), gradient(tmp_path / "b", "--gradient_checkpointing")
+    plain, recomputed = (
+        gradient(tmp_path / "a"),
+        gradient(tmp_path / "b", "--gradient_checkpointing"),
+    )
     assert (recomputed - plain).norm() / plain.norm() <= 1e-5
 
 
@@ -133,7 +136,9 @@ def test_a_changed_entropy_bonus_is_used_after_resume(tiny_run, monkeypatch):
     run = tiny_run("run", "--steps=2")
     bonuses = []
     real = train.train
-    monkeypatch.setattr(train, "train", lambda t, folder: bonuses.append(t.loss.entropy_bonus) or real(t, folder))
+    monkeypatch.setattr(
+        train, "train", lambda t, folder: bonuses.append(t.loss.entropy_bonus) or real(t, folder)
+    )
     tiny_run("run", f"--resume={run}", "--steps=3", "--entropy_weight=0.2")
     assert bonuses == [pytest.approx(0.2)]
 
@@ -142,7 +147,11 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-final").mkdir()
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-9",
+        "checkpoint-10",
+    ]
 
 
 def test_a_step_with_nothing_to_learn_moves_nothing(tmp_path):
@@ -164,12 +173,18 @@ def test_checkpoints_are_hugging_face_folders(tiny_run):
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-4")
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint-4")
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Tom has 5 apples."}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": "Tom has 5 apples."}],
+        tokenize=False,
+        add_generation_prompt=True,
     )
-    out = model.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=8)
+    out = model.generate(
+        **tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=8
+    )
     assert out.shape[0] == 1
     base = AutoModelForCausalLM.from_pretrained("tiny/model", dtype=torch.float32)
-    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True)]
+    moved = [
+        not torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True)
+    ]
     assert all(moved), "every weight has been trained"
     assert not list(folder.glob(".checkpoint*")), "nothing half-written stays"
 
@@ -177,7 +192,13 @@ def test_checkpoints_are_hugging_face_folders(tiny_run):
 @pytest.mark.parametrize("where", ["loss", "nan", "inf"])
 def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     """Fault 20: with a finite loss and a NaN gradient, clipping spreads the NaN into every weight."""
-    t = build(tmp_path, "--train_batch_size=12", "--micro_batch_size=12", "--entropy_weight=0.1", "--entropy_target=9")
+    t = build(
+        tmp_path,
+        "--train_batch_size=12",
+        "--micro_batch_size=12",
+        "--entropy_weight=0.1",
+        "--entropy_target=9",
+    )
     buffer = train.ReplayBuffer()
     one_rollout(t, buffer)
     before = [p.clone() for p in t.model.parameters()]
@@ -194,7 +215,9 @@ def test_a_bad_number_skips_the_step_and_is_counted(tmp_path, where):
     assert float(t.loss.entropy_weight) == pytest.approx(0.1), "nor does the entropy bonus move"
 
 
-def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(tiny_run, tmp_path, monkeypatch, capsys):
+def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
     """From step 2 on no gradient is finite: the fourth skipped optimizer step in a row is in step 3, with two a step."""
     real, steps = train.gradients, []
 
@@ -215,7 +238,11 @@ def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(tiny_run, tmp_path
         )
     said, folder = capsys.readouterr(), tmp_path / "a"
     assert caught.value.code == 2 and "4 optimizer steps in a row had no finite loss" in said.err
-    assert "lower --lr" in said.err and f"--resume {folder}" in said.err and "ALARM skipped" in said.out
+    assert (
+        "lower --lr" in said.err
+        and f"--resume {folder}" in said.err
+        and "ALARM skipped" in said.out
+    )
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
     monkeypatch.setattr(train, "gradients", real)
     one = tiny_run("b", "--steps=1", "--eval_interval=0", "--kl_weight=0.1")
@@ -230,7 +257,9 @@ def test_skipped_steps_are_counted_over_a_resume(tiny_run, monkeypatch):
     """Bad numbers in the last step before it and in the first one after; and 0 never stops."""
     real = train.gradients
     monkeypatch.setattr(
-        train, "gradients", lambda t, pairs, size: (torch.tensor(float("nan")), *real(t, pairs, size)[1:])
+        train,
+        "gradients",
+        lambda t, pairs, size: (torch.tensor(float("nan")), *real(t, pairs, size)[1:]),
     )
     folder = tiny_run("a", "--max_skipped_steps=3", "--steps=1", "--kl_weight=0.1")
     with pytest.raises(SystemExit):
@@ -274,7 +303,9 @@ def test_every_reward_is_logged_by_name(tiny_run, tmp_path):
     t.monitor.open(tmp_path)
     one_rollout(t, train.ReplayBuffer())
     row = t.monitor.flush(1, 1)
-    assert row["rollout/returns"] == pytest.approx(row["reward/format_mean"] + 2 * row["reward/short_mean"])
+    assert row["rollout/returns"] == pytest.approx(
+        row["reward/format_mean"] + 2 * row["reward/short_mean"]
+    )
 
 
 def test_run_folders_are_never_overwritten(tiny_run, tmp_path):
@@ -331,7 +362,9 @@ def test_demo_learns(tiny_run):
     assert last["eval/completion_tokens"] >= 1.5 * first["eval/completion_tokens"]
 
 
-def test_a_disk_that_is_full_before_the_logs_are_open_is_one_sentence(tiny_run, monkeypatch, capsys):
+def test_a_disk_that_is_full_before_the_logs_are_open_is_one_sentence(
+    tiny_run, monkeypatch, capsys
+):
     folder = tiny_run("a")
     before = (folder / "metrics.jsonl").read_bytes()
 
@@ -350,7 +383,12 @@ def test_a_full_gpu_halves_the_micro_batch_and_changes_nothing_else(tmp_path, ca
     """As CUDA does: the memory ends in the middle of an optimizer step, when part of the gradient is there already."""
     found = {}
     for limit in (100, 3):
-        t = build(tmp_path / str(limit), "--train_batch_size=24", "--micro_batch_size=auto", "--kl_weight=0.1")
+        t = build(
+            tmp_path / str(limit),
+            "--train_batch_size=24",
+            "--micro_batch_size=auto",
+            "--kl_weight=0.1",
+        )
         assert t.micro_batch_size == 24
         forward, asked = t.policy.forward, []
 
@@ -376,7 +414,13 @@ def test_a_full_gpu_halves_the_micro_batch_and_changes_nothing_else(tmp_path, ca
     (whole, row), (halved, other) = found.values()
     for a, b in zip(whole, halved, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    for name in ("train/loss", "train/kl_divergence", "train/grad_norm", "train/entropy", "train/ratio_mean"):
+    for name in (
+        "train/loss",
+        "train/kl_divergence",
+        "train/grad_norm",
+        "train/entropy",
+        "train/ratio_mean",
+    ):
         assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-7), name
 
 
@@ -398,9 +442,15 @@ def test_bf16_is_sampled_from_a_copy_that_follows_the_policy(tmp_path):
         sampler = t.sampler()
         assert sampler is t.twin and sampler is not t.model
         for own, theirs in zip(t.model.parameters(), sampler.parameters(), strict=True):
-            assert own.dtype == torch.float32 and theirs.dtype == torch.bfloat16 and not theirs.requires_grad
+            assert (
+                own.dtype == torch.float32
+                and theirs.dtype == torch.bfloat16
+                and not theirs.requires_grad
+            )
             assert torch.equal(own.to(torch.bfloat16), theirs)
-        assert all(b.dtype == names[n].dtype for n, b in sampler.named_buffers()), "rotary frequencies in full"
+        assert all(b.dtype == names[n].dtype for n, b in sampler.named_buffers()), (
+            "rotary frequencies in full"
+        )
         if not trained:
             before = [p.clone() for p in sampler.parameters()]
             buffer, groups = train.ReplayBuffer(), train.mark(t, train.ask(t, 3))
@@ -447,7 +497,9 @@ def test_memory_that_ends_in_a_backward_pass_leaves_no_gradient(tmp_path):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
         next(t.model.parameters()).register_hook(crowded)
-        total, entropy, _ = train.fitting(t, lambda size, t=t, items=items: train.gradients(t, items, size))
+        total, entropy, _ = train.fitting(
+            t, lambda size, t=t, items=items: train.gradients(t, items, size)
+        )
         found.append((total, entropy, torch.cat([p.grad.flatten() for p in t.model.parameters()])))
     assert t.micro_batch_size == 5
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

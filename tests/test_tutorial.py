@@ -45,10 +45,14 @@ def tutorials_update(t, groups, config, moved):
     reference = load_model("tiny/model", "fp32") if config.kl_weight else None
     rows = []
     for g in groups:
-        rows += tutorial.remember(model, reference, g.question, [c.ids for c in g.completions], g.returns, config)
+        rows += tutorial.remember(
+            model, reference, g.question, [c.ids for c in g.completions], g.returns, config
+        )
     model.load_state_dict(moved)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(3)).tolist()
-    loss, norm = tutorial.learn(model, build_optimizer(model, config), [rows[i] for i in order], config)
+    loss, norm = tutorial.learn(
+        model, build_optimizer(model, config), [rows[i] for i in order], config
+    )
     return loss, norm, list(model.parameters())
 
 
@@ -60,13 +64,17 @@ def test_the_tutorials_update_is_ours(tmp_path, kl_weight):
     nudge(t.model, 5)  # away from the reference
     groups, buffer = rollout(t), train.ReplayBuffer()
     train.remember(t, buffer, groups, train.compare(t, groups))
-    assert {len(e.sequences) for e in buffer.items} != {len(buffer.items[0].sequences)}, "there must be padding"
+    assert {len(e.sequences) for e in buffer.items} != {len(buffer.items[0].sequences)}, (
+        "there must be padding"
+    )
 
     moved = copy.deepcopy(t.model)
     nudge(moved, 6)  # and away from the policy that sampled
     loss, norm, theirs = tutorials_update(t, groups, config, moved.state_dict())
     t.model.load_state_dict(moved.state_dict())
-    object.__setattr__(config, "epochs_per_step", 1)  # two of them made `remember` keep the old log-probabilities
+    object.__setattr__(
+        config, "epochs_per_step", 1
+    )  # two of them made `remember` keep the old log-probabilities
     train.learn(t, buffer, 10, torch.Generator().manual_seed(3))
     row = t.monitor.flush(1, 1)
 
@@ -77,7 +85,9 @@ def test_the_tutorials_update_is_ours(tmp_path, kl_weight):
     for ours, other, start in zip(t.model.parameters(), theirs, moved.parameters(), strict=True):
         step = (ours - start).norm()
         assert step > 0
-        assert (other - ours).norm() < 0.01 * step  # Adam's first step makes much of a gradient that is almost 0
+        assert (
+            other - ours
+        ).norm() < 0.01 * step  # Adam's first step makes much of a gradient that is almost 0
 
 
 def test_a_whole_step_of_the_tutorial_moves_the_policy(tokenizer):

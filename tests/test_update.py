@@ -39,7 +39,9 @@ def log_probs_alone(model, prompt, completion, temperature):
     return torch.stack([rows[len(prompt) - 1 + i, token] for i, token in enumerate(completion)])
 
 
-def plain_update(model, reference, prompts, completions, returns, batches, step, *, std, token_mean, kl_weight):
+def plain_update(
+    model, reference, prompts, completions, returns, batches, step, *, std, token_mean, kl_weight
+):
     """One step of GRPO on `model`, in place; returns its mean loss, gradient norm and KL.
 
     `batches`: which completions go into each optimizer step, in order.
@@ -51,7 +53,9 @@ def plain_update(model, reference, prompts, completions, returns, batches, step,
         advantages += [((r - mean) / (spread + 1e-4) if std else r - mean) for r in group]
     with torch.no_grad():
         old = [log_probs_alone(model, p, c, 0.7) for p, c in zip(prompts, completions, strict=True)]
-        ref = [log_probs_alone(reference, p, c, 0.7) for p, c in zip(prompts, completions, strict=True)]
+        ref = [
+            log_probs_alone(reference, p, c, 0.7) for p, c in zip(prompts, completions, strict=True)
+        ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4 * step / 4, weight_decay=0.1)
     losses, norms, kls = [], [], []
     for batch in batches:
@@ -59,11 +63,15 @@ def plain_update(model, reference, prompts, completions, returns, batches, step,
         for i in batch:
             new = log_probs_alone(model, prompts[i], completions[i], 0.7)
             ratio = torch.exp(new - old[i])
-            gain = torch.minimum(ratio * advantages[i], torch.clamp(ratio, 0.95, 1.11) * advantages[i])
+            gain = torch.minimum(
+                ratio * advantages[i], torch.clamp(ratio, 0.95, 1.11) * advantages[i]
+            )
             kl = (torch.exp(ref[i] - new) - (ref[i] - new) - 1).clamp(max=10)
             terms.append(-gain + kl_weight * kl)
             kls.append(kl.detach())
-        loss = torch.cat(terms).mean() if token_mean else torch.stack([x.mean() for x in terms]).mean()
+        loss = (
+            torch.cat(terms).mean() if token_mean else torch.stack([x.mean() for x in terms]).mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         losses += [loss.item()] * len(batch)
@@ -100,7 +108,9 @@ def test_the_update_equals_a_plain_one(tmp_path, flags, std, token_mean, kl_weig
     prompts = [g.question.prompt_ids for g in groups for _ in range(5)]
     generator = torch.Generator().manual_seed(3)
     index = {id(e): i for i, e in enumerate(buffer.items)}
-    batches = [[index[id(e)] for e in b] for _ in range(2) for b in buffer.mini_batches(7, generator)]
+    batches = [
+        [index[id(e)] for e in b] for _ in range(2) for b in buffer.mini_batches(7, generator)
+    ]
     assert [len(b) for b in batches] == [7, 7, 6] * 2 and batches[:3] != batches[3:]
     loss, norm, kl = plain_update(
         model, reference, prompts, completions, returns.tolist(), batches, step,

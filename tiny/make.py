@@ -33,7 +33,13 @@ GAINS = ["finds {n} more", "buys {n} more", "gets {n} from {other}", "picks up {
 LOSSES = ["gives {n} to {other}", "loses {n}", "sells {n}", "drops {n}"]
 DOUBLES = ["doubles the number"]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-END, PAD, UNKNOWN, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>"
+END, PAD, UNKNOWN, USER, ASSISTANT = (
+    "<|end|>",
+    "<|pad|>",
+    "<|unknown|>",
+    "<|user|>",
+    "<|assistant|>",
+)
 # The end token also closes the user's turn, as in the templates of Qwen and Llama 3.
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}" + END + "{% endfor %}"
@@ -83,15 +89,31 @@ def tokenizer() -> PreTrainedTokenizerFast:
     phrases = " ".join(GAINS + LOSSES + DOUBLES).replace("{n}", "").replace("{other}", "")
     words = [*NAMES, *THINGS, *phrases.split(), *["has", "does", "have", "How", "many"]]
     marks = [*"0123456789", *(f" {d}" for d in range(10)), *"+-*=.?", "\n", " "]
-    tokens = [UNKNOWN, PAD, END, USER, ASSISTANT, *TAGS, *marks, *(w for w in words), *(f" {w}" for w in words)]
+    tokens = [
+        UNKNOWN,
+        PAD,
+        END,
+        USER,
+        ASSISTANT,
+        *TAGS,
+        *marks,
+        *(w for w in words),
+        *(f" {w}" for w in words),
+    ]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]|\s"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r" ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]|\s"), "isolated"
+    )
     core.decoder = decoders.Fuse()
     # Ordinary added tokens: special ones would be dropped from the decoded text, and the reward would never see them.
     core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
-    core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (PAD, END, USER, ASSISTANT)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=PAD, unk_token=UNKNOWN)
+    core.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t in (PAD, END, USER, ASSISTANT)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=END, pad_token=PAD, unk_token=UNKNOWN
+    )
     fast.chat_template = TEMPLATE
     return fast
 
@@ -112,7 +134,9 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def warm_start(name: str, rows: list[dict[str, str]], start: Path, scratch: Path, *flags: str) -> Path:
+def warm_start(
+    name: str, rows: list[dict[str, str]], start: Path, scratch: Path, *flags: str
+) -> Path:
     """One round of sft.py on `rows`, from the model in `start`; returns the folder of the trained model."""
     write_rows(scratch / name / "train.jsonl", rows)
     sft.main([
@@ -138,9 +162,13 @@ def main() -> None:
         print(f"{model.num_parameters():,} parameters, {len(words)} tokens")
         for part in (model, words):
             part.save_pretrained(scratch / "blank")
-        schooled = warm_start("school", school, scratch / "blank", scratch, "--steps=900", "--lr=2e-3")
+        schooled = warm_start(
+            "school", school, scratch / "blank", scratch, "--steps=900", "--lr=2e-3"
+        )
         ready = warm_start("habits", habits, schooled, scratch, "--steps=300", "--lr=5e-4")
-        LlamaForCausalLM.from_pretrained(ready, dtype=torch.bfloat16).save_pretrained(HERE / "model")
+        LlamaForCausalLM.from_pretrained(ready, dtype=torch.bfloat16).save_pretrained(
+            HERE / "model"
+        )
         words.save_pretrained(HERE / "model")
 
 

@@ -1,7 +1,8 @@
 """Questions: GSM8K from the hub, a local file or the bundled task; their prompts, their order.
 
-A row needs `question`, and either `answer` in GSM8K's format (a worked solution whose last line is `#### 72`) or a
-column `answer_only` (the Chinese GSM8K). Other columns are kept and handed to the reward functions.
+A row needs `question`, and either `answer` in GSM8K's format (a worked solution whose last line is
+`#### 72`) or a column `answer_only` (the Chinese GSM8K). Other columns are kept and handed to the
+reward functions.
 """
 
 import json
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError, is_text
+from support.config import Config, resolve_path
+from support.errors import UserError, is_text
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -25,7 +27,9 @@ class Question:
     question: str
     reference: str  # the final answer, as the dataset writes it
     solution: str  # the worked solution without the final answer; empty where the dataset has none
-    difficulty: str = ""  # easy, middle or hard; empty where there is no solution to count the steps of
+    difficulty: str = (
+        ""  # easy, middle or hard; empty where there is no solution to count the steps of
+    )
     columns: dict[str, Any] = field(default_factory=dict)  # the row as it was read
     prompt: str = ""
     prompt_ids: list[int] = field(default_factory=list)
@@ -35,7 +39,8 @@ def load_questions(dataset: str, split: str, hub_config: str = "main") -> list[Q
     """Read the questions of one split.
 
     Args:
-        dataset: a .jsonl or .parquet file (then `split` is not looked at), a folder with `train.*` and `test.*`, or
+        dataset: a .jsonl or .parquet file (then `split` is not looked at), a folder with `train.*`
+        and `test.*`, or
             the name of a dataset on the Hugging Face hub.
         split: train or test.
         hub_config: the configuration of a hub dataset.
@@ -46,7 +51,9 @@ def load_questions(dataset: str, split: str, hub_config: str = "main") -> list[Q
     if path.is_dir():
         path = find_split(path, split)
     elif not path.exists() and (path.suffix in FORMATS or dataset.startswith((".", "/", "~"))):
-        raise UserError(f"There is no file or folder {dataset}; give --dataset a file, a folder or a hub name.")
+        raise UserError(
+            f"There is no file or folder {dataset}; give --dataset a file, a folder or a hub name."
+        )
     rows = read_file(path) if path.exists() else read_hub(dataset, split, hub_config)
     if not rows:
         raise UserError(f"{path} holds no questions.")
@@ -55,11 +62,19 @@ def load_questions(dataset: str, split: str, hub_config: str = "main") -> list[Q
 
 def find_split(folder: Path, split: str) -> Path:
     """The one file of `folder` that holds `split`."""
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in FORMATS and f.name.split(".")[0].split("-")[0] == split]
+    files = [
+        f
+        for f in sorted(folder.iterdir())
+        if f.suffix in FORMATS and f.name.split(".")[0].split("-")[0] == split
+    ]
     if len(files) != 1:
-        near = files or [f for f in sorted(folder.iterdir()) if f.name.startswith(split)]  # train.csv, perhaps
+        near = files or [
+            f for f in sorted(folder.iterdir()) if f.name.startswith(split)
+        ]  # train.csv, perhaps
         names = ", ".join(f.name for f in near) or "none"
-        raise UserError(f"{folder} must hold one {split}.jsonl or {split}.parquet; it holds {names}.")
+        raise UserError(
+            f"{folder} must hold one {split}.jsonl or {split}.parquet; it holds {names}."
+        )
     return files[0]
 
 
@@ -75,21 +90,32 @@ def read_file(path: Path) -> list[tuple[dict, str]]:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).rstrip(".\n")
-            raise UserError(f"{path} cannot be read as Parquet: {reason}; write or download it again.") from error
+            raise UserError(
+                f"{path} cannot be read as Parquet: {reason}; write or download it again."
+            ) from error
         return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
     rows = []
     try:
-        with path.open(encoding="utf-8-sig") as lines:  # Windows programs put a mark at the beginning
+        with path.open(
+            encoding="utf-8-sig"
+        ) as lines:  # Windows programs put a mark at the beginning
             for i, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append((json.loads(line), f"{path}, line {i}"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it again, as UTF-8.") from error
-    except (ValueError, RecursionError) as error:  # not JSON; a number of 5000 digits; brackets too deep
+        raise UserError(
+            f"{path} cannot be read as UTF-8 text ({error}); save it again, as UTF-8."
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not JSON; a number of 5000 digits; brackets too deep
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
-        raise UserError(f"{path}, line {i}: not valid JSON ({reason}); each line must be one whole object.") from error
+        raise UserError(
+            f"{path}, line {i}: not valid JSON ({reason}); each line must be one whole object."
+        ) from error
     return rows
 
 
@@ -99,9 +125,12 @@ def read_hub(name: str, split: str, hub_config: str) -> list[tuple[dict, str]]:
 
     try:
         rows = datasets.load_dataset(name, hub_config, split=split)
-    except Exception as error:  # datasets, the hub client and the network each raise their own kinds
+    except (
+        Exception
+    ) as error:  # datasets, the hub client and the network each raise their own kinds
         raise UserError(
-            f"Cannot load the {split} split of the dataset {name!r} from the hub ({type(error).__name__}); check "
+            f"Cannot load the {split} split of the dataset {name!r} from the hub "
+            f"({type(error).__name__}); check "
             "the name and the connection, or give --dataset a local file or folder."
         ) from error
     return [(row, f"{name}, {split} row {i}") for i, row in enumerate(rows, 1)]
@@ -114,20 +143,34 @@ def parse_row(row: Any, where: str) -> Question:
     question, answer, answer_only = row.get("question"), row.get("answer"), row.get("answer_only")
     has = f"the row has: {', '.join(map(str, row)) or 'none'}"
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: the column question is missing or empty, or is not text ({has}).")
+        raise UserError(
+            f"{where}: the column question is missing or empty, or is not text ({has})."
+        )
     for name, text in row.items():
         if isinstance(text, str) and not is_text(text):
-            raise UserError(f"{where}: the column {name} holds half a character (a lone surrogate); mend or remove it.")
+            raise UserError(
+                f"{where}: the column {name} holds half a character (a lone surrogate); mend or "
+                "remove it."
+            )
     solution, marker, reference = (answer if isinstance(answer, str) else "").rpartition("####")
     if answer_only is not None:
-        number = isinstance(answer_only, Number) and not isinstance(answer_only, bool) and math.isfinite(answer_only)
+        number = (
+            isinstance(answer_only, Number)
+            and not isinstance(answer_only, bool)
+            and math.isfinite(answer_only)
+        )
         if not number and not isinstance(answer_only, str):
-            raise UserError(f"{where}: answer_only is {answer_only!r}; it must be a text or a number.")
+            raise UserError(
+                f"{where}: answer_only is {answer_only!r}; it must be a text or a number."
+            )
         solution, reference = solution if marker else reference, str(answer_only)
     elif not isinstance(answer, str):
         raise UserError(f"{where}: the column answer is missing or is not text ({has}).")
     elif not marker:
-        raise UserError(f"{where}: answer has no '#### ' line with the final answer (and there is no answer_only).")
+        raise UserError(
+            f"{where}: answer has no '#### ' line with the final answer (and there is no "
+            "answer_only)."
+        )
     if not reference.strip():
         raise UserError(f"{where}: the final answer is empty.")
     return Question(question.strip(), reference.strip(), solution.strip(), columns=row)
@@ -140,7 +183,9 @@ def with_difficulty(questions: list[Question]) -> list[Question]:
     if not ranked:
         return questions
     low, high = ranked[(len(ranked) - 1) // 3], ranked[(len(ranked) - 1) * 2 // 3]
-    labels = ["" if not s else "easy" if s <= low else "middle" if s <= high else "hard" for s in steps]
+    labels = [
+        "" if not s else "easy" if s <= low else "middle" if s <= high else "hard" for s in steps
+    ]
     return [replace(q, difficulty=label) for q, label in zip(questions, labels, strict=True)]
 
 
@@ -155,7 +200,8 @@ def with_prompts(
         UserError: if none fits.
     """
     prompts = [build_prompt(question.question, tokenizer, system_prompt) for question in questions]
-    # A chat template writes its own special tokens; a model without one gets those of its tokenizer.
+    # A chat template writes its own special tokens; a model without one gets those of its
+    # tokenizer.
     tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     fitting = [
         replace(question, prompt=prompt, prompt_ids=ids)
@@ -163,7 +209,10 @@ def with_prompts(
         if 0 < len(ids) <= max_prompt_tokens
     ]
     if not any(tokens):
-        raise UserError("Every prompt is empty: the model's chat template or tokenizer makes no tokens of a question.")
+        raise UserError(
+            "Every prompt is empty: the model's chat template or tokenizer makes no tokens of a "
+            "question."
+        )
     if not fitting:
         raise UserError(
             f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: "
@@ -172,14 +221,30 @@ def with_prompts(
     return fitting, len(questions) - len(fitting)
 
 
+def training_questions(config: Config, tokenizer: Any) -> list[Question]:
+    """The questions that a run trains on, with prompts; says how many are left out."""
+    questions = load_questions(resolve_path(config.dataset), "train", config.dataset_config)
+    questions, dropped = with_prompts(
+        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
+    )
+    print(
+        f"{len(questions)} questions; {dropped} left out: prompt longer than "
+        f"{config.max_prompt_tokens} tokens"
+    )
+    return questions
+
+
 def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
     """The text that the completion continues, from the model's chat template.
 
-    Templates that know no system role get the system prompt in front of the question. Without a chat template the
-    prompt is the system prompt, the question and the word "Answer:", each in a paragraph of its own.
+    Templates that know no system role get the system prompt in front of the question. Without a
+    chat template the prompt is the system prompt, the question and the word "Answer:", each in a
+    paragraph of its own.
     """
     if not tokenizer.chat_template:
-        return "\n\n".join(part for part in (system_prompt, f"Question: {question}", "Answer:") if part)
+        return "\n\n".join(
+            part for part in (system_prompt, f"Question: {question}", "Answer:") if part
+        )
     user = {"role": "user", "content": question}
     messages = [{"role": "system", "content": system_prompt}, user] if system_prompt else [user]
     try:
@@ -190,7 +255,8 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
         return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     except Exception as error:
         raise UserError(
-            f"The chat template of the model cannot be used ({error}); mend its chat_template.jinja, or remove it to "
+            f"The chat template of the model cannot be used ({error}); mend its "
+            "chat_template.jinja, or remove it to "
             "go without one."
         ) from error
 
@@ -198,8 +264,8 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
 class QuestionStream:
     """The training questions in a seeded order, epoch after epoch, each one once in every epoch.
 
-    `position` (questions taken so far) is the whole state: the order is a function of seed and epoch, so a stream
-    that is put back to a position goes on exactly as it would have.
+    `position` (questions taken so far) is the whole state: the order is a function of seed and
+    epoch, so a stream that is put back to a position goes on exactly as it would have.
     """
 
     def __init__(self, questions: list[Question], seed: int, position: int = 0) -> None:

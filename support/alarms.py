@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from loss import Objective
-
 Rows = Sequence[dict[str, float]]  # metrics by name, step after step, the last one is now
 
 LONGEST = 200  # steps that are remembered
@@ -131,20 +129,21 @@ ALARMS = {
 }  # fmt: skip
 
 
-def alarms_for(objective: Objective, top_p: float) -> dict[str, Alarm]:
+def alarms_for(ratio_level: str, top_p: float) -> dict[str, Alarm]:
     """The alarms that mean something under an objective and a sampler.
 
-    A sequence's ratio has a clip so narrow that most are clipped by design (gspo, luspo); a nucleus is a known gap.
+    A sequence's ratio has a clip so narrow that most are clipped by design (gspo, luspo); a nucleus is
+    a known gap.
     """
     without = set()
-    if objective.ratio_level != "token":
+    if ratio_level != "token":
         without.add("clipped")
     if top_p < 1:
         without.add("sampler")
     return {name: alarm for name, alarm in ALARMS.items() if name not in without}
 
 
-def sounding(alarms: dict[str, Alarm], rows: Rows) -> list[str]:
+def active_alarms(alarms: dict[str, Alarm], rows: Rows) -> list[str]:
     """The alarms that are on at the last of `rows`, by name; each looks at its metric only."""
     found = []
     for name, alarm in alarms.items():

@@ -13,13 +13,20 @@ class UserError(Exception):
     """Something that the user can put right; its text is the sentence that they read."""
 
 
-def choose(name: str, options: Iterable[str], what: str) -> str:
-    """Return `name` if it is one of `options`; else raise UserError, with the nearest name as a guess."""
+def choose(name: str, options: Iterable[str], what: str, listed: str = "") -> str:
+    """Return `name` if it is one of `options`; else raise UserError, with the nearest one as a guess.
+
+    Args:
+        what: what the options are, in the singular.
+        listed: what lists them, for options that are too many for a sentence.
+    """
     options = list(options)
     if name in options:
         return name
     near = difflib.get_close_matches(name.lower(), options, n=1)
-    every = f"choose one of: {', '.join(options)}." if len(options) <= MOST_SHOWN or not near else ""
+    every = (
+        f"choose one of: {', '.join(options)}." if len(options) <= MOST_SHOWN or not near else ""
+    )
     guess = f"did you mean {near[0]}?" if near else ""
     raise UserError(" ".join(filter(None, [f"There is no {what} {name!r};", guess, every])))
 

@@ -1,30 +1,35 @@
-"""The policy and its frozen reference, the tokenizer, the optimizer: loaded, and looked at before they are used.
+"""Models, tokenizers and optimizers: loaded, and looked at before they are used.
 
 Any causal language model of transformers, by hub name or folder; code from the hub is never run.
 """
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from config import PRESETS, Config, located
-from errors import UserError
+from support.config import PRESETS, Config, resolve_path
+from support.errors import UserError
 
 
 def build_accelerator(config: Config) -> Accelerator:
     """Device and precision of the run; UserError if the preset wants a GPU that is not there."""
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda and PRESETS[config.preset].get("device"):
-        raise UserError("--device cuda needs a CUDA GPU and there is none here; leave --device out, or choose cpu.")
+        raise UserError(
+            "--device cuda needs a CUDA GPU and there is none here; leave --device out, or choose "
+            "cpu."
+        )
     if config.device == "cuda" and not has_cuda:
         raise UserError(
-            f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny runs on any machine "
+            f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny "
+            "runs on any machine "
             "(and --device cpu makes this one run without a GPU, slowly)."
         )
     cpu = config.device == "cpu" or not has_cuda
@@ -33,14 +38,21 @@ def build_accelerator(config: Config) -> Accelerator:
 
 def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer."""
-    if name.startswith(("runs/", ".", "/", "~")) and not Path(located(name)).exists():  # no name on the hub
-        raise UserError(f"There is no folder {name}; give --model a folder that is there, or a hub name.")
+    if (
+        name.startswith(("runs/", ".", "/", "~")) and not Path(resolve_path(name)).exists()
+    ):  # no name on the hub
+        raise UserError(
+            f"There is no folder {name}; give --model a folder that is there, or a hub name."
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(located(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(name))
     except Exception as error:  # transformers raises many kinds for a damaged file
         raise UserError(loading_failed("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so a completion could never end.")
+        raise UserError(
+            f"The tokenizer of {name} has no end-of-sequence token, so a completion could never "
+            "end."
+        )
     return tokenizer
 
 
@@ -52,11 +64,14 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     try:
-        architecture = AutoConfig.from_pretrained(located(name))
+        architecture = AutoConfig.from_pretrained(resolve_path(name))
         if architecture.is_encoder_decoder:
             raise UserError(f"{name} is an encoder-decoder; choose a causal language model.")
         if any(head.endswith("ForMaskedLM") for head in architecture.architectures or ()):
-            raise UserError(f"{name} is an encoder ({architecture.architectures[0]}); choose a causal language model.")
+            raise UserError(
+                f"{name} is an encoder ({architecture.architectures[0]}); choose a causal language "
+                "model."
+            )
         # Dropout would make the log-probabilities of sampling and of training differ at random.
         for key, value in vars(architecture).items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
@@ -64,7 +79,7 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
         dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
         transformers.utils.logging.set_verbosity_error()  # its report of keys: `check_weights` says it in a sentence
         model, found = AutoModelForCausalLM.from_pretrained(
-            located(name), config=architecture, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
+            resolve_path(name), config=architecture, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
             output_loading_info=True,
         )  # fmt: skip
         check_weights(name, found)
@@ -74,8 +89,9 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
         raise UserError(loading_failed("model", name, error)) from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
-    # Out of the file's memory map, where a tensor may begin at any byte: matrix products round by alignment, so a run
-    # that had loaded a checkpoint would differ in the last bit from one that has trained the same weights.
+    # Out of the file's memory map, where a tensor may begin at any byte: matrix products round by
+    # alignment, so a run that had loaded a checkpoint would differ in the last bit from one that
+    # has trained the same weights.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     for module in model.modules():
@@ -83,7 +99,9 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
             module.p = 0.0
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise UserError(f"{name} cannot recompute activations; give --gradient_checkpointing false.")
+            raise UserError(
+                f"{name} cannot recompute activations; give --gradient_checkpointing false."
+            )
         if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 and later
             model.activation_checkpointing_enable({"use_reentrant": False})
         else:
@@ -92,21 +110,22 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
 
 
 @torch.no_grad()
-def decoding_copy(model: nn.Module, name: str) -> nn.Module | None:
-    """The model again in bf16, to sample from: half the bytes for each token, and no autocast between its operations.
+def bf16_copy(model: nn.Module, name: str) -> nn.Module | None:
+    """The model again in bf16, to sample from: half the bytes for each token, and no autocast.
 
-    Its buffers stay as they are: rotary frequencies in bf16 would put late tokens in wrong places. None for models that
-    do not take that (XGLM); those are sampled from in fp32.
+    Its buffers stay as they are: rotary frequencies in bf16 would put late tokens in wrong places.
+    None for models that do not take that (XGLM); those are sampled from in fp32.
     """
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    for parameter in twin.parameters():
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    for parameter in copied.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     try:
-        twin(input_ids=torch.tensor([[1, 2, 3]], device=twin.device))
+        copied(input_ids=torch.tensor([[1, 2, 3]], device=copied.device))
     except RuntimeError as error:
-        print(f"{name} cannot be sampled from in bf16 ({' '.join(str(error).split())[:80]}): fp32, slower")
+        reason = " ".join(str(error).split())[:80]
+        print(f"{name} cannot be sampled from in bf16 ({reason}): fp32, slower")
         return None
-    return twin
+    return copied
 
 
 @torch.no_grad()
@@ -116,33 +135,69 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         own.copy_(theirs)
 
 
+def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """What a forward pass is given of rows (B, S) with padding: positions leave the padding out."""
+    mask = attention_mask.long()
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def pad_rows(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, int]:
+    """Pairs of prompt and completion, padded on both sides: sequences, attention_mask, num_actions.
+
+    int64 (B, P + C) and bool (B, P + C); C.
+    """
+    before, after = (max(map(len, column)) for column in zip(*rows, strict=True))
+    sequences = torch.zeros(len(rows), before + after, dtype=torch.long)
+    mask = torch.zeros_like(sequences, dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(rows):
+        place = slice(before - len(prompt), before + len(completion))
+        sequences[i, place] = torch.tensor(prompt + completion)
+        mask[i, place] = True
+    return sequences, mask, after
+
+
 def check_weights(name: str, found: dict[str, Any]) -> None:
     """UserError for weights that the file lacks, or has in another shape: transformers would draw them at random."""
     if found["mismatched_keys"]:
         key, there, asked = min(found["mismatched_keys"])
         raise UserError(
-            f"The weights of {name} do not match its config.json: {key} is {tuple(there)} in the file and "
+            f"The weights of {name} do not match its config.json: {key} is {tuple(there)} in the "
+            "file and "
             f"{tuple(asked)} by the config; take both from the same model."
         )
     if found["missing_keys"]:
         raise UserError(
             f"{name} lacks {len(found['missing_keys'])} of the weights of a causal language model "
-            f"({min(found['missing_keys'])}, …); choose a model with its language head, or save it again, whole."
+            f"({min(found['missing_keys'])}, …); choose a model with its language head, or save it "
+            "again, whole."
         )
     if found["unexpected_keys"]:
-        print(f"{len(found['unexpected_keys'])} weights of {name} are not used: {min(found['unexpected_keys'])}, …")
+        print(
+            f"{len(found['unexpected_keys'])} weights of {name} are not used: "
+            f"{min(found['unexpected_keys'])}, …"
+        )
 
 
 def loading_failed(what: str, name: str, error: Exception) -> str:
     """The sentence for a model or tokenizer that cannot be loaded."""
-    folder = Path(located(name))
-    if what == "model" and any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+    folder = Path(resolve_path(name))
+    if (
+        what == "model"
+        and any(folder.glob("pytorch_model*.bin"))
+        and not any(folder.glob("*.safetensors"))
+    ):
         return (
-            f"{name} has pickled weights only (pytorch_model.bin), and a pickle may run any code. If you trust it, "
+            f"{name} has pickled weights only (pytorch_model.bin), and a pickle may run any code. "
+            "If you trust it, "
             'convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{name}').save_pretrained('{name}')\"."
         )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if "Unrecognized configuration class" in reason:
         reason = "its config.json is not that of a causal language model"
@@ -151,18 +206,29 @@ def loading_failed(what: str, name: str, error: Exception) -> str:
     if isinstance(error, KeyError):
         reason = f"KeyError: {reason}"
     return (
-        f"Cannot load the {what} {name!r} ({reason.rstrip('.')}); --model takes a hub name, or a Hugging Face folder "
+        f"Cannot load the {what} {name!r} ({reason.rstrip('.')}); --model takes a hub name, or a "
+        "Hugging Face folder "
         "with config.json, safetensors weights and a tokenizer."
     )
 
 
-def build_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW, or its 8-bit version from bitsandbytes."""
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(policy.parameters(), fused=True, **settings)  # half the time of the default, on a CPU
+    if config.optimizer == "adamw":  # fused: half the time of the default, on a CPU
+        return torch.optim.AdamW(model.parameters(), fused=True, **settings)
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UserError("--optimizer adamw_8bit needs the package bitsandbytes: pip install bitsandbytes.") from error
-    return bitsandbytes.optim.AdamW8bit(policy.parameters(), **settings)
+        raise UserError(
+            "--optimizer adamw_8bit needs the package bitsandbytes: pip install bitsandbytes."
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(model.parameters(), **settings)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> float:
+    """The learning rate of a step: rising from 0 over `warmup_steps`, then constant."""
+    lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -24,8 +24,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from config import Config, read_config_file
-from errors import UserError
+from support.config import Config, resolve_path
+from support.config_file import read_config_file
+from support.errors import UserError
 
 PREFIX = "checkpoint-"
 SUMS = "SHA256SUMS"
@@ -33,7 +34,9 @@ SUMS = "SHA256SUMS"
 
 def new_run_dir(config: Config) -> tuple[Path, FileLock]:
     """Make the run's folder, hold it, and write config.yaml into it; UserError if it holds something already."""
-    folder = Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    folder = Path(
+        config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    ).expanduser()
     made = []
     try:
         made = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -68,9 +71,13 @@ def lock(run_dir: Path) -> FileLock:
     try:
         held.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{run_dir} is in use by another process; wait for it, or choose another --run_dir.") from error
+        raise UserError(
+            f"{run_dir} is in use by another process; wait for it, or choose another --run_dir."
+        ) from error
     except OSError as error:
-        raise UserError(f"Cannot write to {run_dir}: {error.strerror}; make it writable first.") from error
+        raise UserError(
+            f"Cannot write to {run_dir}: {error.strerror}; make it writable first."
+        ) from error
     return held
 
 
@@ -81,15 +88,25 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    found = [p for p in run_dir.glob(PREFIX + "*") if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir()]
+    found = [
+        p
+        for p in run_dir.glob(PREFIX + "*")
+        if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir()
+    ]
     return sorted(found, key=step_of)
 
 
 def find_model(folder: str) -> str:
     """`folder`, or its newest checkpoint if it is a run folder; UserError if that has none yet, or a damaged one."""
     found = checkpoints(Path(folder))
-    if not found and Path(folder, "config.yaml").is_file() and not Path(folder, "config.json").is_file():
-        raise UserError(f"The run {folder} has no checkpoint; a model is in checkpoint-STEP, or (sft.py) in model.")
+    if (
+        not found
+        and Path(folder, "config.yaml").is_file()
+        and not Path(folder, "config.json").is_file()
+    ):
+        raise UserError(
+            f"The run {folder} has no checkpoint; a model is in checkpoint-STEP, or (sft.py) in model."
+        )
     verify_model(found[-1] if found else Path(folder))
     return str(found[-1]) if found else folder
 
@@ -111,7 +128,9 @@ class TrainerState:
     skipped: int = 0  # optimizer steps without a finite gradient, the last ones in a row
 
 
-def save_checkpoint(run_dir: Path, state: TrainerState, model: nn.Module, tokenizer: Any, config: Config) -> Path:
+def save_checkpoint(
+    run_dir: Path, state: TrainerState, model: nn.Module, tokenizer: Any, config: Config
+) -> Path:
     """Write checkpoint-<step>, then delete all older ones but the newest `keep_checkpoints`, this one included.
 
     Raises:
@@ -136,14 +155,18 @@ def save_checkpoint(run_dir: Path, state: TrainerState, model: nn.Module, tokeni
         discard(final)
         partial.rename(final)
         sync(run_dir)
-    except Exception as error:  # safetensors and torch each report a full disk in a way of their own
+    except (
+        Exception
+    ) as error:  # safetensors and torch each report a full disk in a way of their own
         free = shutil.disk_usage(run_dir).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with --resume {run_dir}. "
             f"Checkpoints that are there: {kept}."
         ) from error
-    for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][: -config.keep_checkpoints]:
+    for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][
+        : -config.keep_checkpoints
+    ]:
         tolerantly(discard, old)
     return final
 
@@ -208,7 +231,7 @@ def sweep(run_dir: Path) -> None:
         tolerantly(remove, leftover)
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in a few words; None if they are what was written."""
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
@@ -226,21 +249,25 @@ def damage(checkpoint: Path) -> str | None:
 
 def verify(checkpoint: Path) -> None:
     """UserError if a checkpoint is damaged, with the newest one before it that is whole."""
-    reason = damage(checkpoint)
+    reason = find_damage(checkpoint)
     if reason is None:
         return
     beside = checkpoints(checkpoint.parent)
     before = beside[: beside.index(checkpoint)] if checkpoint in beside else []
-    whole = next((p.name for p in reversed(before) if damage(p) is None), None)
+    whole = next((p.name for p in reversed(before) if find_damage(p) is None), None)
     instead = f"go on from {whole}" if whole else "begin again: there is no whole one before it"
-    raise UserError(f"{checkpoint} is damaged: {reason}; remove it (rm -r {checkpoint}) to {instead}.")
+    raise UserError(
+        f"{checkpoint} is damaged: {reason}; remove it (rm -r {checkpoint}) to {instead}."
+    )
 
 
 def load_state(checkpoint: Path, config: Config) -> TrainerState:
     """The trainer's state in a checkpoint, once its files are found whole; read without unpickling code."""
     verify(checkpoint)
     try:
-        state = TrainerState(**torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True))
+        state = TrainerState(
+            **torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+        )
         model = read_config_file(checkpoint / "config.yaml")["model"]
     except Exception as error:  # torch.load raises many kinds for a file that it did not write
         raise UserError(
@@ -252,3 +279,14 @@ def load_state(checkpoint: Path, config: Config) -> TrainerState:
             f"{checkpoint} belongs to another run (step {state.step} of {model}); remove it to continue this one."
         )
     return state
+
+
+def load_newest(resume: str | None, config: Config) -> tuple[str | None, TrainerState | None]:
+    """The newest checkpoint of the run that is resumed: its folder and its state; or None.
+
+    A model that is one of our checkpoints is verified too, before anything is loaded from it.
+    """
+    found = checkpoints(Path(resume)) if resume else []
+    state = load_state(found[-1], config) if found else None
+    verify_model(Path(resolve_path(config.model)))
+    return (str(found[-1]) if found else None), state

@@ -1,9 +1,10 @@
 """Answers: find them in a completion, and read them as a person does: `$1,000.00` is 1000, `71 or 72` is nothing.
 
-A reward is paid for what is read here. So this says what counts, and nothing else does: an answer is written plainly
-(PLAINER); what stands behind its last equals sign must be one number with words around it (STATES); and none of the
-words may change what the number means (CHANGES). When in doubt it reads nothing: a right answer that is missed costs a
-little, a wrong one that is paid is what the model will learn to write.
+A reward is paid for what is read here. So this says what counts, and nothing else does: an answer
+is written plainly (PLAINER); what stands behind its last equals sign must be one number with words
+around it (STATES); and none of the words may change what the number means (CHANGES). When in doubt
+it reads nothing: a right answer that is missed costs a little, a wrong one that is paid is what the
+model will learn to write.
 """
 
 import re
@@ -42,26 +43,38 @@ FRACTION = r"(?:(?P<whole>\d+) (?:and )?)?(?P<over>\d+) ?/ ?(?P<under>\d+)"
 UNIT = r"(?<=[A-Za-z]) ?\^ ?[23](?!\.?\d)|(?<=[A-Za-z])[²³]|/ ?(?=[A-Za-z])"  # m^2, m², km/h; but not 72²
 AFTER = rf"(?P<after>(?:{UNIT}|{HYPHEN}|[A-Za-z ,.:;!'\"`)(\[\]%°])*)"
 STATES = re.compile(rf"{BEFORE}{SIGN}(?:{FRACTION}|(?P<number>{NUMBER})){AFTER}")
-# Left of an equals sign: no letters (48 + 24), or no digits and one unknown at most (x, so x, Total cost).
+# Left of an equals sign: no letters (48 + 24), or no digits and one unknown at most (x, so x, Total
+# cost).
 SUM = re.compile(r"(?:[\d\s.()+*/÷^%-]|,(?=\d{3}(?!\d)))*")
 NAME = re.compile(r"([A-Za-z .,:']*?)(?:\b[A-Za-z])? ?")
-WORDS = re.compile(r"(?![aAI] [a-z]{2})[A-Za-z]+")  # all but the words `a` and `I`: other single letters are unknowns
+WORDS = re.compile(
+    r"(?![aAI] [a-z]{2})[A-Za-z]+"
+)  # all but the words `a` and `I`: other single letters are unknowns
 UNITS = frozenset("CFLghlms")  # ... or these, behind a number
 NUMERALS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety dozen hundred thousand million billion "
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety dozen hundred "
+    "thousand million billion "
     "trillion"
 )
-# With one of these beside it a number is not what is meant: `not 72`, `at least 72`, `72 squared`, `72 and a half`.
+# With one of these beside it a number is not what is meant: `not 72`, `at least 72`, `72 squared`,
+# `72 and a half`.
 CHANGES = frozenset(numeral + end for numeral in NUMERALS.split() for end in ("", "s", "th", "ths")) | set(
     " ".join((
-        "not no never none neither nor cannot isnt nicht kein pas except unless without if but instead unlike",
-        "wrong incorrect false different or either between than least most up over under above below beyond past less",
+        "not no never none neither nor cannot isnt nicht kein pas except unless without if but "
+        "instead unlike",
+        "wrong incorrect false different or either between than least most up over under above "
+        "below beyond past less",
         "exceeds min max minimum maximum almost nearly nowhere far",
-        "plus minus negative times divided multiplied by root sqrt square squared cube cubed power log ln exp sin cos",
-        "tan mod modulo factorial choose abs floor ceil round inverse reciprocal opposite multiple as",
-        "half halves third thirds fifth fifths eighth eighths ninth ninths twelfth twelfths quarter quarters ths",
-        "double doubled twice triple tripled bn mil inf infinity pi ab abc ac bc dx dy mn pq xy xyz xz yz",
+        "plus minus negative times divided multiplied by root sqrt square squared cube cubed power "
+        "log ln exp sin cos",
+        "tan mod modulo factorial choose abs floor ceil round inverse reciprocal opposite multiple "
+        "as",
+        "half halves third thirds fifth fifths eighth eighths ninth ninths twelfth twelfths "
+        "quarter quarters ths",
+        "double doubled twice triple tripled bn mil inf infinity pi ab abc ac bc dx dy mn pq xy "
+        "xyz xz yz",
     )).split()
 )  # fmt: skip
 
@@ -91,8 +104,9 @@ def plain(text: str) -> str:
 def parse_number(text: str) -> Fraction | None:
     """The one number that `text` states, as a person would read it; None if it states none, or several.
 
-    `72`, `$72`, `72.0`, `72 apples`, `1,000`, `3/4`, `1 1/2` and `70 + 2 = 72` state one; `70 or 72` does not, so that
-    listing every number earns nothing, nor do `not 72`, `x > 72` and `2x = 72`.
+    `72`, `$72`, `72.0`, `72 apples`, `1,000`, `3/4`, `1 1/2` and `70 + 2 = 72` state one; `70 or
+    72` does not, so that listing every number earns nothing, nor do `not 72`, `x > 72` and `2x =
+    72`.
     """
     if len(text) > LONGEST_ANSWER:
         return None
@@ -114,7 +128,10 @@ def parse_number(text: str) -> Fraction | None:
 
 def keep_its_meaning(words: str, letters: frozenset[str] = frozenset("s")) -> bool:  # Bob's
     """Whether a number among these words is what it would be without them."""
-    return all(word.lower() not in CHANGES and (len(word) > 1 or word in letters) for word in WORDS.findall(words))
+    return all(
+        word.lower() not in CHANGES and (len(word) > 1 or word in letters)
+        for word in WORDS.findall(words)
+    )
 
 
 def is_sum_or_name(left: str) -> bool:
@@ -146,6 +163,10 @@ def is_correct_flexible(completion: str, reference: str) -> bool:
     answer = find_answer(completion)
     if answer is None:
         tail = completion[-10 * LONGEST_ANSWER :]
-        tail = tail if tail == completion else tail.partition(" ")[2]  # not from the middle of a number
-        answer = (re.findall(rf"[-+]?{NUMBER}", tail.translate(CHARACTERS).replace("$", "")) or [""])[-1]
+        tail = (
+            tail if tail == completion else tail.partition(" ")[2]
+        )  # not from the middle of a number
+        answer = (
+            re.findall(rf"[-+]?{NUMBER}", tail.translate(CHARACTERS).replace("$", "")) or [""]
+        )[-1]
     return same_answer(answer, reference)

@@ -1,0 +1,1 @@
+"""The other 16 methods of the GRPO family, as differences from loss.py."""

@@ -1,0 +1,216 @@
+"""The command line: flags over a config file over a preset, into one Config.
+
+A run's settings are found in this order, each one over the one before it: the defaults in config.py,
+the preset, the file named by --config (or the config of the run that --resume continues), the flags.
+"""
+
+import argparse
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from support.checkpoint import checkpoints, find_model
+from support.config import OBJECTIVE_COLUMNS, PRESETS, Config, check_text
+from support.config_file import read_config_file
+from support.errors import UserError, choose
+from support.foreign_options import explain_foreign_option
+
+Choices = dict[str, typing.Iterable[str]]
+Extra = dict[str, str | None]
+
+DASHES = ("-", "–", "—")  # the last two are what an editor makes of the first
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written, and each default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest in OBJECTIVE_COLUMNS:
+            return f"{action.help} (default: the objective's own)"
+        return super()._get_help_string(action) if action.default is not None else action.help
+
+
+class Parser(HfArgumentParser):
+    """argparse, with its errors as one sentence instead of a page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message[0].upper() + message[1:].rstrip(".") + ".")
+
+
+def parse_config(
+    argv: list[str], description: str | None = None, choices: Choices | None = None, **extra: str
+) -> tuple[Config, Extra]:
+    """Read the command line.
+
+    Args:
+        argv: the arguments after the program's name.
+        description: the command's docstring, for --help.
+        choices: for --help, the names that an option takes.
+        extra: further flags of the command, name to help; each one takes a string.
+    Returns:
+        the run's Config, and the values of the extra flags and of `resume` (the run folder to continue,
+        or None).
+    Raises:
+        UserError: for unknown names, impossible values and contradictions.
+    """
+    given = read_flags(build_parser(description, choices or {}, extra), argv)
+    for name in ("config", "resume", *extra):
+        check_text(given.get(name) or "", f"--{name}", path=name != "question")
+    if given.get("config") == "":
+        raise UserError("--config is empty; give it the config.yaml of a run, or leave it out.")
+    resume = run_to_resume(given)
+    if resume:
+        given["run_dir"] = resume
+    settings = read_settings(given, resume)
+    flags = {name: value for name, value in given.items() if name in CONFIG_FIELDS}
+    config = Config(**{**settings, **flags})
+    for name in flags if resume else ():
+        check_change(resume, name, settings.get(name, flags[name]), flags[name])
+    return config, {"resume": resume, **{name: given.get(name) for name in extra}}
+
+
+CONFIG_FIELDS = {field.name for field in fields(Config)}
+
+
+def build_parser(description: str | None, choices: Choices, extra: dict[str, str]) -> Parser:
+    """Every option of Config, and the others of a command."""
+    parser = Parser(
+        Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    for action in parser._actions:
+        if action.type is string_to_bool:  # `--mask_truncated` alone is true, as the other switches
+            action.nargs, action.const = "?", True
+        if action.dest == "micro_batch_size":
+            action.type = number_or_auto
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"the same as --{action.dest} false"
+        if action.dest in choices:
+            action.help += f": {', '.join(choices[action.dest])}"  # names of objectives/
+    parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
+    about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)
+    for name, text in extra.items():
+        parser.add_argument(f"--{name}", help=text)
+    return parser
+
+
+def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """Only what stands on the command line, without the defaults."""
+    absent = object()
+    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    namespace, unknown = parser.parse_known_args(argv, blank)
+    if unknown:
+        explain_foreign_option(unknown[0])
+        if not unknown[0].startswith(DASHES):
+            raise UserError(
+                f"I do not know what to do with {unknown[0]!r}; every setting is a flag, as in --steps "
+                "10."
+            )
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        choose(unknown[0].split("=")[0], flags, "flag", listed="--help")
+    return {name: value for name, value in vars(namespace).items() if value is not absent}
+
+
+def run_to_resume(given: dict[str, Any]) -> str | None:
+    """The run folder that --resume names, looked at; None without that flag."""
+    resume = given.get("resume")
+    if resume is None:
+        return None
+    resume = resume or given.get("run_dir") or ""
+    if not resume:
+        raise UserError("Say which run to continue: --resume runs/NAME.")
+    if given.get("config"):
+        raise UserError(
+            "--resume takes the config of the run that it continues; leave out --config."
+        )
+    if Path(resume, "trainer_state.pt").is_file():
+        raise UserError(
+            f"{resume} is a checkpoint; --resume takes the folder of its run: {Path(resume).parent}."
+        )
+    if not Path(resume, "config.yaml").is_file():
+        raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
+    if Path(given.get("run_dir", resume)).resolve() != Path(resume).resolve():
+        raise UserError(
+            f"--resume goes on in the folder {resume}; leave out --run_dir {given['run_dir']}."
+        )
+    return resume
+
+
+def read_settings(given: dict[str, Any], resume: str | None) -> dict[str, Any]:
+    """The settings below the flags: of the preset, or of the config file."""
+    file = given.get("config")
+    file = Path(resume, "config.yaml") if resume else Path(file) if file else None
+    settings = read_config_file(file) if file else {}
+    preset = given.get("preset", settings.get("preset", "gsm8k"))
+    if file and preset != settings.get("preset", preset):
+        raise UserError(
+            f"{file} was made from the preset {settings['preset']}; leave out --preset {preset}."
+        )
+    if not file:
+        settings = PRESETS[choose(preset, PRESETS, "preset")]
+    elif not resume:
+        settings.pop("run_dir", None)  # a run that is repeated gets a folder of its own
+    if given.get("objective", settings.get("objective")) != settings.get("objective"):
+        # Another row, and the whole of it.
+        settings = {k: v for k, v in settings.items() if k not in OBJECTIVE_COLUMNS}
+    return {**settings, "preset": preset}
+
+
+def check_change(resume: str, name: str, before: Any, after: Any) -> None:
+    """Say that a run which is resumed goes on with another setting; UserError if it cannot."""
+    if name == "model" and before != after:
+        raise UserError(
+            f"The run in {resume} trains {before}; to begin with another model, or with a checkpoint of "
+            "this run, start a new run with --model and without --resume."
+        )
+    if name != "run_dir" and before != after:
+        auto = "the objective's own" if name in OBJECTIVE_COLUMNS else "auto"
+        before, after = (auto if value is None else value for value in (before, after))
+        print(f"changed on resume: {name} from {before} to {after}")
+
+
+def number_or_auto(text: str) -> int | None:
+    """A whole number, or None for auto."""
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise UserError(f"--micro_batch_size is {text!r}; it must be a whole number or auto.")
+    return None if text == "auto" else int(text)
+
+
+# ---------------------------------------------------------------- commands that look at a model
+
+
+def newest_run() -> Path | None:
+    """The run in runs/ that has written last, among those with a checkpoint."""
+    runs = filter(checkpoints, Path("runs").glob("*"))
+    return max(runs, key=lambda run: run.stat().st_mtime, default=None)
+
+
+def parse_run_config(
+    argv: list[str], description: str | None, choices: Choices, **extra: str
+) -> tuple[Config, Extra]:
+    """The command line of a command that looks at a model: --model may be a run or a checkpoint.
+
+    Without --model (and without a preset or a config) it is the newest run in runs/. The settings
+    (prompt, dataset, budget) are those of the run that made the model, unless flags say otherwise; the
+    extra value `base` is the model that the run started from, or None.
+    """
+    newest = None
+    if not any(argument.startswith(("--model", "--preset", "--config")) for argument in argv):
+        newest = newest_run()
+    if newest:
+        print(f"--model {newest}, the newest run")
+        argv = [f"--model={newest}", *argv]
+    config, others = parse_config(argv, description, choices, **extra)
+    if others["resume"]:
+        raise UserError(f"--resume is train.py's; to look at a run say --model {others['resume']}.")
+    folder = find_model(config.model)
+    saved = Path(folder, "config.yaml")
+    others["base"] = others.get("base")
+    if saved.is_file() and not any(a.startswith(("--config", "--preset")) for a in argv):
+        others["base"] = others["base"] or parse_config(["--config", str(saved)])[0].model
+        config, _ = parse_config(["--config", str(saved), *argv], description, choices, **extra)
+    return Config(**{**vars(config), "model": folder}), others

@@ -1,0 +1,246 @@
+"""Where metrics go: TensorBoard, metrics.jsonl, the console and its progress bars."""
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from support.alarms import LONGEST, QUIET, Alarm, active_alarms
+from support.errors import UserError, silence
+from support.metrics import (
+    CHARTS,
+    GLOSSARY,
+    REWARD_MEANING,
+    Metrics,
+    Number,
+    console_line,
+    meaning,
+)
+
+
+def progress(items: Iterable, what: str, leave: bool = True) -> tqdm:
+    """A progress bar; silent where stderr is not a terminal."""
+    return tqdm(items, desc=what, leave=leave, disable=None, dynamic_ncols=True)
+
+
+def quiet_progress(what: str) -> Callable[[Iterable], tqdm]:
+    """A progress bar that disappears when it is done."""
+    return partial(progress, what=what, leave=False)
+
+
+def log_line(text: str) -> None:
+    """Print beside a progress bar. When nobody listens any more (`| head`, a terminal that is gone), a run goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        silence()
+
+
+class Monitor:
+    """Collects the metrics of a step and writes them out; watches them with the alarms that it is given."""
+
+    def __init__(self, alarms: dict[str, Alarm] | None = None) -> None:
+        self.sums: dict[str, list] = {}
+        self.writer: SummaryWriter | None = None
+        self.alarms = alarms or {}
+        self.rows: deque[dict[str, float]] = deque(maxlen=LONGEST)  # what the alarms remember
+
+    def open(self, run_dir: Path, start_step: int = 0) -> None:
+        """Open the run's logs; what a run that is resumed had written after `start_step` is taken back."""
+        self.file = run_dir / "metrics.jsonl"
+        first = (
+            start_step + 1 if start_step else 0
+        )  # a run that starts again from nothing evaluates at step 0 again
+        self.rows.extend(keep_before(self.file, first))
+        for events in sorted(run_dir.glob("events.out.tfevents.*")):
+            keep_events_before(events, first)
+        threading.excepthook = ignore_full_disk
+        self.writer = SummaryWriter(run_dir, purge_step=first)
+
+    def add(self, name: str, total: Number, count: Number = 1) -> None:
+        """Add to a metric, whose value is sum / count. Tensors stay where they are until `flush`."""
+        meaning(name)
+        held = self.sums.setdefault(name, [0, 0])
+        held[0] = held[0] + total
+        held[1] = held[1] + count
+
+    def add_up(self, name: str, value: Number) -> None:
+        """Add to a metric whose value is the sum over the step, not a mean."""
+        self.add(name, value, count=0 if name in self.sums else 1)
+
+    def add_all(self, *metrics: Metrics) -> None:
+        """Add several, given as name: (sum, count)."""
+        for each in metrics:
+            for name, (total, count) in each.items():
+                self.add(name, total, count)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Time a block, to the end of its work on the GPU; the blocks of a step add up."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.add_up(name, time.perf_counter() - start)
+
+    def text(self, tag: str, markdown: str, step: int = 0) -> None:
+        """A page of text in TensorBoard."""
+        self.writer.add_text(tag, markdown, step)
+
+    def show_completions(self, group: Any, advantages: Tensor, step: int, count: int) -> None:
+        """The first completions of a scored group, as pages of text."""
+        shown = zip(group.completions[:count], group.returns, advantages, strict=False)
+        for i, (completion, returns, advantage) in enumerate(shown, 1):
+            page = completion_page(
+                group.question.question,
+                group.question.reference,
+                completion.text,
+                float(returns),
+                float(advantage),
+            )
+            self.text(f"samples/completion_{i}", page, step)
+
+    def flush(self, step: int, steps: int) -> dict[str, float]:
+        """Write the step's metrics everywhere, and forget them; returns them."""
+        self.add("perf/peak_memory_gb", peak_memory_gb())
+        row = {
+            name: float(total) / float(count)
+            for name, (total, count) in self.sums.items()
+            if float(count)
+        }
+        self.sums.clear()
+        new = self.watch(row)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+            file.flush()
+            os.fsync(
+                file.fileno()
+            )  # a checkpoint of this step must not be on the disk before its metrics are
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+        for name in new:
+            self.text(f"alarm/{name}", f"step {step}: {self.alarms[name].advice}", step)
+        self.writer.flush()
+        log_line(console_line(step, steps, row))
+        for name in new:
+            log_line(f"ALARM {name}: {self.alarms[name].advice}")
+        return row
+
+    def watch(self, row: dict[str, float]) -> list[str]:
+        """Note in the step's metrics which alarms are on; returns those that were not lately."""
+        on = active_alarms(self.alarms, [*self.rows, row])
+        lately = {name for past in list(self.rows)[-QUIET:] for name in past}
+        row |= {f"alarm/{name}": 1.0 for name in on}
+        self.rows.append(row)
+        return [name for name in on if f"alarm/{name}" not in lately]
+
+    def close(self) -> None:
+        """Close the logs; if the disk is full, that has been said already."""
+        with suppress(OSError):
+            if self.writer is not None:
+                self.writer.close()
+        threading.excepthook = threading.__excepthook__
+
+
+def ignore_full_disk(details: threading.ExceptHookArgs) -> None:
+    """No traceback for TensorBoard's writer thread where the disk is full: the next `flush` raises its error."""
+    if not issubclass(details.exc_type, OSError):
+        threading.__excepthook__(details)
+
+
+def keep_before(file: Path, step: int) -> list[dict[str, float]]:
+    """Drop the lines of metrics.jsonl from `step` on, and one that was not written to its end; returns the others."""
+    kept, rows = [], []
+    file.touch()
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            if row["step"] < step:
+                kept.append(line)
+                rows.append(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{file}, line {number} is not what was written; mend or remove that line."
+            ) from error
+    missing = max(0, step - 1) - sum(row["step"] > 0 for row in rows)
+    if missing:
+        print(f"{file} lacks {missing} of the {step - 1} steps that were done")
+    fresh = file.with_suffix(".partial")
+    with fresh.open("wb") as out:
+        out.write(b"".join(kept))
+        out.flush()
+        os.fsync(out.fileno())
+    fresh.replace(file)
+    return rows
+
+
+def keep_events_before(file: Path, step: int) -> None:
+    """Drop the events of a TensorBoard file from `step` on, and one that was not written to its end.
+
+    The new file's purge_step asks its readers for that; not all of them do it for steps that are not written again.
+    """
+    fresh, read = file.with_name(f".{file.name}.partial"), 0
+    with fresh.open("wb") as out:
+        writer = RecordWriter(out)
+        for data in RawEventFileLoader(str(file)).Load():
+            read += len(data) + 16  # its length and two checksums
+            if Event.FromString(data).step < step:
+                writer.write(data)
+    if (
+        file.stat().st_size - read > 100_000
+    ):  # more than a record that a killed process did not finish
+        print(
+            f"{file}: only the first {read} bytes can be read, and are kept; metrics.jsonl has all metrics"
+        )
+    fresh.replace(file)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB: torch's on the GPU, else the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def describe_run(monitor: Monitor, config_yaml: str, arithmetic: str) -> None:
+    """The pages that let a reader of TensorBoard understand the run: how to read it, and its settings."""
+    rewards = {
+        f"reward/NAME_{statistic}": text.format("NAME")
+        for statistic, text in REWARD_MEANING.items()
+    }
+    lines = [f"| {name} | {text} |" for name, text in (GLOSSARY | rewards).items()]
+    monitor.text("guide/metrics", "\n".join(["| metric | what it means |", "|---|---|", *lines]))
+    monitor.writer.add_custom_scalars(CHARTS)
+    monitor.text("guide/config", f"{arithmetic}\n\n```yaml\n{config_yaml}```")
+
+
+def completion_page(
+    question: str, reference: str, completion: str, returns: float, advantage: float
+) -> str:
+    """One sample completion as Markdown."""
+    quoted: list[Any] = [
+        f"**{head}**\n\n```text\n{body}\n```"
+        for head, body in (("Question", question), ("Completion", completion))
+    ]
+    return "\n\n".join(
+        [*quoted, f"reference `{reference}` · reward {returns:.3f} · advantage {advantage:+.3f}"]
+    )

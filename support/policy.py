@@ -1,0 +1,96 @@
+"""The policy and its frozen reference: language models that are asked how likely their tokens are."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from support.config import Config
+from support.model import bf16_copy, copy_weights, load_model
+from support.preflight import check_model
+from support.shared_prompts import share_prompts, shared_log_probs
+
+LogProbs = Callable[..., tuple[Tensor, ...]]
+
+
+class Policy(nn.Module):
+    """A language model together with the function that computes log-probabilities with it.
+
+    Accelerate prepares this module, so that its precision is that of the whole computation and not
+    of the logits, which never leave it.
+    """
+
+    def __init__(self, model: nn.Module, log_probs: LogProbs, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model = model
+        self.log_probs = log_probs
+        self.temperature = temperature
+        self.copy_in_bf16(None)
+
+    def forward(self, batch: Any, reference: "Policy | None" = None) -> tuple[Tensor, ...]:
+        """What `log_probs` says of a padded batch: log-probabilities, entropies, ...; each (B, C).
+
+        Args:
+            batch: an Experience. reference: for functions that compute the exact KL to it.
+        """
+        others = () if reference is None else (reference.model,)
+        arguments = batch.sequences, batch.attention_mask, batch.num_actions
+        return self.log_probs(self.model, *arguments, self.temperature, *others)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def copy_in_bf16(self, name: str | None) -> None:
+        """Sample from a copy of the model in bf16 from now on, if it takes that; None: from itself."""
+        copy = None if name is None else bf16_copy(self.model, name)
+        # Not a part of this module: it is neither trained nor saved, and stays in eval mode.
+        object.__setattr__(self, "bf16_copy", copy)
+
+    def sampler(self) -> nn.Module:
+        """The model to sample from, with the present weights."""
+        if self.bf16_copy is None:
+            return self.model
+        copy_weights(self.model, self.bf16_copy)
+        return self.bf16_copy
+
+
+def load_policies(
+    config: Config,
+    checkpoint: str | None,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    with_reference: bool,
+    log_probs: LogProbs,
+    token_log_probs: LogProbs,
+) -> tuple[Policy, Policy | None]:
+    """The policy, and the reference if there is to be one, checked and on the device.
+
+    Args:
+        checkpoint: the folder to take the policy's weights from, if not `config.model`.
+        log_probs: of padded sequences, as loss.sequences_log_probs.
+        token_log_probs: of logits, as loss.token_log_probs: what the first one is made of.
+    """
+    set_seed(config.seed)
+    name, precision = config.model, config.precision
+    model = load_model(checkpoint or name, precision, config.gradient_checkpointing)
+    check_model(model, tokenizer, config, log_probs)
+    models = [model, load_model(name, precision)] if with_reference else [model]
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    shared = partial(shared_log_probs, token_log_probs=token_log_probs)
+    if all(share_prompts(network, name, longest, log_probs, shared) for network in models):
+        log_probs = shared
+    policies = [Policy(network, log_probs, config.temperature) for network in models]
+    policy = accelerator.prepare_model(policies[0])
+    if precision == "bf16":
+        policy.copy_in_bf16(name)
+    reference = None
+    if with_reference:
+        policies[1].requires_grad_(False)
+        reference = accelerator.prepare_model(policies[1], evaluation_mode=True)
+    return policy, reference

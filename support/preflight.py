@@ -1,0 +1,177 @@
+"""What is tried before a run: does the model do what GRPO asks of it, is the sampler the trainer?
+
+What belongs to the algorithm (log-probabilities, sampling) is handed in.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from support.config import Config
+from support.data import Question
+from support.errors import UserError
+from support.generation import Sampling, replaced_generation_config
+from support.model import pad_rows, padded_inputs
+
+TOKENS = 16  # of each completion that is tried
+# Nats for a token. Rounding is 1e-6, and 0.03 in bf16 at the most.
+GAP = {"fp32": 1e-3, "bf16": 0.3, "bf16-pure": 0.3}
+
+# What the code of a model may raise for a config or an input that it does not take.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
+
+
+def check_model(
+    model: nn.Module, tokenizer: Any, config: Config, log_probs: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    """Raise UserError for a model that cannot do what the run asks of it, before it samples.
+
+    Tokens without an embedding; fewer positions than prompt and completion may need; and what
+    `find_fault` finds.
+
+    Args:
+        log_probs: of padded sequences, as loss.sequences_log_probs.
+    """
+    try:
+        rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise UserError(
+                f"The tokenizer of {config.model} has {len(tokenizer)} tokens, the model only "
+                f"{rows}: "
+                "no match. Give the model its own tokenizer."
+            )
+        settings = vars(model.config)
+        positions = settings.get("max_position_embeddings") or settings.get("n_positions")
+        if positions and positions < config.max_prompt_tokens + config.max_new_tokens:
+            raise UserError(
+                f"{config.model} reads {positions} tokens at the most; --max_prompt_tokens "
+                f"{config.max_prompt_tokens} and --max_new_tokens {config.max_new_tokens} together "
+                "must not be more."
+            )
+        fault = find_fault(model, log_probs)
+    except REFUSALS as error:
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{config.model} does not work as a language model of text alone ({words})."
+        ) from error
+    if fault:
+        raise UserError(f"{config.model} {fault}.")
+
+
+@torch.no_grad()
+def find_fault(model: nn.Module, log_probs: Callable[..., tuple[Tensor, ...]]) -> str:
+    """What keeps the log-probabilities from being those of the text, tried on a few tokens; or "".
+
+    Encoders (BERT), which transformers loads as causal language models with attention to both
+    sides. Architectures (RWKV, for one) that read padding as text: their log-probabilities would
+    silently be those of another prompt. And those whose state in `generate` is not what a pass over
+    the whole text would have.
+    """
+    # The same completion of the same prompt: alone, beside a longer prompt, and with other tokens
+    # after it. Long enough for attention that puts neighbours together (DeepSeek V4), which padding
+    # puts together otherwise.
+    prompt, completion = list(range(1, 14)), [9, 4, 5, 2]
+    longer = [6] * 18
+    both = pad_rows([(prompt, completion), (longer, completion)])
+    alone, beside, before = (
+        log_probs(model, *batch)[0][0, :4]
+        for batch in (
+            pad_rows([(prompt, completion)]),
+            both,
+            pad_rows([(prompt, [*completion, 6, 7])]),
+        )
+    )
+    if not alone.isfinite().all():
+        return "computes NaN: its weights are damaged; download or save it again"
+    # Rounding alone may choose another expert, of a like weight.
+    most = 0.05 if model.dtype == torch.float32 else 0.5
+    if (alone - before).abs().max() > most:
+        return "looks at the tokens that come after, as an encoder does; choose a causal language model"
+    if (alone - beside).abs().max() > most:
+        return "does not leave padding out of its computation; choose an attention model"
+    if generation_gap(model, both[0][:, :18], both[1][:, :18]) > most:
+        return (
+            "generates from other probabilities than a pass over the whole text has; choose an "
+            "attention model"
+        )
+    return ""
+
+
+def generation_gap(model: nn.Module, prompts: Tensor, mask: Tensor) -> float:
+    """How far the log-probabilities of `generate` are from those of a pass over the whole text."""
+    settings = GenerationConfig(
+        max_new_tokens=8, output_logits=True, return_dict_in_generate=True, pad_token_id=1
+    )
+    with replaced_generation_config(model, settings):
+        output = model.generate(
+            input_ids=prompts, attention_mask=mask.long(), generation_config=settings
+        )
+    logits = torch.stack(output.logits, dim=1)
+    mask = nn.functional.pad(mask, (0, logits.shape[1]), value=True)
+    inputs = padded_inputs(model, output.sequences, mask)
+    again = model(**inputs, use_cache=False).logits[:, -logits.shape[1] - 1 : -1]
+    gap = logits.float().log_softmax(dim=-1) - again.float().log_softmax(dim=-1)
+    return gap.abs().max().item()
+
+
+@torch.no_grad()
+def check_sampler(
+    sample: Callable[..., list[Any]],
+    policy: Any,
+    pad: Callable[[list[tuple[list[int], list[int]]]], Any],
+    questions: list[Question],
+    config: Config,
+) -> None:
+    """Sample a few completions and ask the trainer how likely their tokens are.
+
+    Padding that is read as text, positions that count it, a precision or a head of the trainer's
+    own, a cache that forgets: all of them show as a distance between the log-probability that a
+    token was drawn with and the trainer's. The shortest and the longest prompt are sampled
+    together, so that one is padded; the trainer is asked about each completion alone and about all
+    together.
+
+    Args:
+        sample: groups of completions for questions, as rollout.rollout.
+        policy: log-probabilities of a padded batch. pad: makes one of prompts and completions.
+    Raises:
+        UserError: the two disagree.
+    """
+    ranked = sorted(questions, key=lambda question: len(question.prompt_ids))
+    sampling = Sampling(min(TOKENS, config.max_new_tokens), config.temperature)
+    groups = sample([ranked[0], ranked[-1]], 2, sampling)
+    pairs = [(group.question, c) for group in groups for c in group.completions]
+    drawn = torch.cat([torch.tensor(completion.log_probs) for _, completion in pairs])
+    rows = [(question.prompt_ids, completion.ids) for question, completion in pairs]
+    gaps = []
+    for batches in ([[row] for row in rows], [rows]):
+        found = []
+        for batch in map(pad, batches):
+            batch = batch.to(policy.device)
+            found.append(policy(batch)[0][batch.action_mask].float().cpu())
+        gaps.append((torch.cat(found) - drawn).abs().mean().item())
+    limit = GAP[config.precision] / min(1.0, config.temperature)
+    if not max(gaps) <= limit:
+        other = "another model"
+        other = other if config.precision == "fp32" else f"--precision fp32, or {other}"
+        raise UserError(
+            f"{config.model} is sampled from otherwise than it is trained: log-probabilities "
+            "differ by "
+            f"{max(gaps):.2g} nats per token, and rounding would be below {limit:.2g}; try {other}."
+        )
+    print(
+        "tried: sampler and trainer give the same log-probabilities "
+        f"({max(gaps):.1g} nats per token apart)"
+    )

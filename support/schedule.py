@@ -1,0 +1,216 @@
+"""What surrounds the steps of a run: its folder, signals, seeds, evaluation, log, checkpoints.
+
+The functions are given the trainer of train.py, here `run`. Of it they use what every training loop
+has: config, tokenizer, policy, optimizer, loss, questions, held_out, monitor, sample; and start_step
+and skipped, which they set.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+
+from support import checkpoint
+from support.config import Config
+from support.errors import UserError
+from support.evaluation import evaluate
+from support.monitor import describe_run, log_line, progress, quiet_progress
+
+
+@contextmanager
+def open_run(
+    config: Config, resume: str | None, build: Callable[[Config, str | None], Any]
+) -> Iterator[tuple[Any, Path]]:
+    """Build a run and open its folder: (run, folder). No other process can have it meanwhile.
+
+    Args:
+        resume: the folder of the run to continue, or None.
+        build: makes the run, and may fail before anything is written.
+    Raises:
+        UserError: the folder is in use, not empty, or cannot be written to; the run is finished.
+    """
+    # Before its newest checkpoint is looked for.
+    held = checkpoint.lock(Path(resume)) if resume else None
+    run = build(config, resume)
+    if run.start_step >= config.steps:
+        raise UserError(
+            f"The run is already at step {run.start_step} of {config.steps}; raise --steps to go on."
+        )
+    run_dir, held = (Path(resume), held) if resume else checkpoint.new_run_dir(config)
+    start = (
+        f"from step {run.start_step} " if run.start_step else "from the start " if resume else ""
+    )
+    print(
+        f"training {start}in {run_dir} on {run.policy.device}; watch it: tensorboard --logdir "
+        f"{run_dir}"
+    )
+    try:
+        checkpoint.sweep(run_dir)
+        run.monitor.open(run_dir, run.start_step)
+        if resume:  # new_run_dir has written that of a new run
+            config.save(run_dir / "config.yaml")
+        config_yaml = (run_dir / "config.yaml").read_text(encoding="utf-8")
+        describe_run(run.monitor, config_yaml, config.arithmetic)
+        yield run, run_dir
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {run_dir}: {error.strerror or error}. Put that right, then go on with "
+            f"--resume {run_dir}."
+        ) from error
+    finally:
+        run.monitor.close()
+        held.release()
+
+
+def restore(run: Any, state: checkpoint.TrainerState | None) -> None:
+    """Put a run where a checkpoint was written; its weights are loaded already. None: as it is."""
+    if state is None:
+        return
+    run.start_step, run.questions.position, run.skipped = state.step, state.position, state.skipped
+    # Not strict: only an adaptive entropy bonus has a state.
+    run.loss.load_state_dict(state.loss, strict=False)
+    try:
+        run.optimizer.load_state_dict(state.optimizer)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            "The checkpoint has the state of another optimizer; leave --optimizer as it was."
+        ) from error
+    for group in run.optimizer.param_groups:  # the state has its own, and the option may be changed
+        group["weight_decay"] = run.config.weight_decay
+
+
+def scheduled_steps(run: Any, run_dir: Path) -> Iterator[tuple[int, torch.Generator]]:
+    """The steps that are left, each with a generator for its random order.
+
+    After each one: held-out accuracy and a checkpoint if they are due, and its line of the log.
+    Ends early when a signal asks for it.
+
+    Raises:
+        UserError: too many optimizer steps in a row had no finite gradient. A checkpoint is saved.
+    """
+    config, monitor, first = run.config, run.monitor, run.start_step + 1
+    if first == 1 and config.eval_interval:
+        evaluate_run(run)
+        monitor.flush(0, config.steps)
+    with Interruption() as interrupted:
+        for step in progress(range(first, config.steps + 1), "steps"):
+            start = time.perf_counter()
+            yield step, seed_step(config.seed, step)
+            monitor.add("time/step", time.perf_counter() - start)
+            last, stuck = step == config.steps, 0 < config.max_skipped_steps <= run.skipped
+            if is_due(config.eval_interval, step, last):
+                evaluate_run(run)
+            monitor.flush(step, config.steps)
+            stop = interrupted() or stuck
+            if is_due(config.checkpoint_interval, step, last or stop):
+                save(run, run_dir, step)
+            if stop:
+                break
+    if stuck:
+        raise UserError(
+            f"{run.skipped} optimizer steps in a row had no finite loss and gradient (up to step "
+            f"{step}); the weights are those from before them. Look for extreme rewards and "
+            f"log-probabilities; go on with --resume {run_dir} and a lower --lr, or with "
+            "--precision "
+            "fp32 where it is bf16."
+        )
+    say_goodbye(run_dir, step)
+
+
+def is_due(interval: int, step: int, last: bool) -> bool:
+    """Whether something happens now: every `interval` steps and at the last one; 0: never."""
+    return interval > 0 and (last or step % interval == 0)
+
+
+def seed_step(seed: int, step: int) -> torch.Generator:
+    """Seed all that is drawn in a step from (seed, step); returns the generator of its batches."""
+    state = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    set_seed(state)
+    return torch.Generator().manual_seed(state)
+
+
+def evaluate_run(run: Any) -> None:
+    """Held-out accuracy into the log."""
+    with run.monitor.time("time/evaluate"):
+        show = quiet_progress("evaluate")
+        run.monitor.add_all(evaluate(run.sample, run.held_out, run.config, show))
+
+
+def save(run: Any, run_dir: Path, step: int) -> None:
+    """A checkpoint of a finished step."""
+    state = checkpoint.TrainerState(
+        step,
+        run.questions.position,
+        run.optimizer.state_dict(),
+        run.loss.state_dict(),
+        run.skipped,
+    )
+    checkpoint.save_checkpoint(run_dir, state, run.policy.model, run.tokenizer, run.config)
+
+
+@contextmanager
+def save_finished_steps(run: Any, run_dir: Path, step: int) -> Iterator[None]:
+    """Around what may fail before any weight is changed (a user's reward): lose no finished step.
+
+    Args:
+        step: the last finished one.
+    """
+    position = run.questions.position
+    try:
+        yield
+    except UserError as error:
+        run.questions.position = position
+        saved = map(checkpoint.step_of, checkpoint.checkpoints(run_dir))
+        if step and step not in saved and is_due(run.config.checkpoint_interval, step, last=True):
+            with suppress(UserError):  # the first error is the one to report
+                save(run, run_dir, step)
+        if not checkpoint.checkpoints(run_dir):
+            raise
+        raise UserError(f"{error} Put that right, then go on with --resume {run_dir}.") from error
+
+
+class Interruption:
+    """Ctrl-C, a polite kill, or a terminal that goes away: finish the step, save, stop.
+
+    A second signal stops at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> Any:
+        # Under nohup a terminal may go away, and the run goes on.
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [s for s in self.SIGNALS if s != signal.SIGHUP or not ignored]
+        self.before = {s: signal.signal(s, self.handle) for s in heard}
+        return lambda: self.came
+
+    def handle(self, number: int, frame: Any) -> None:
+        """Note the first signal; obey the second."""
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+        log_line("\nstopping: this step is finished first; once more stops at once")
+
+    def __exit__(self, *details: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def say_goodbye(run_dir: Path, step: int) -> None:
+    """What there is to look at, and how to go on."""
+    saved = [path.name for path in checkpoint.checkpoints(run_dir)]
+    log_line(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
+    if saved:
+        log_line(
+            f"look: python run.py --model {run_dir}   "
+            f"go on: python train.py --resume {run_dir} --steps {2 * step}"
+        )
