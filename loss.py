@@ -1,30 +1,28 @@
-"""From logits to the loss: log-probabilities, advantages, ratio, clip, KL, mean. GRPO as in the paper.
+"""From logits to the loss: log-probabilities, advantages, ratio, clip, KL, mean. The paper's GRPO.
 
-The paper is DeepSeekMath, arXiv 2402.03300; what the other 16 methods change stands in objectives/.
+The paper is DeepSeekMath, arXiv 2402.03300. What the other 16 methods change is in objectives/.
 Shapes: Q questions with G completions each; B sequences; P prompt and C completion tokens; V tokens
 in the vocabulary. π is the policy, π_old the policy that sampled, π_ref the frozen reference.
 
-    advantage of a completion   A = (R - mean(R)) / (std(R) + 1e-4)     over its group, section 4.1.2
+    advantage of a completion   A = (R - mean(R)) / (std(R) + 1e-4)   in its group, section 4.1.2
     ratio of a token            r = π / π_old
-    policy term                 -min(r A, clip(r, 1 - ε, 1 + ε) A)      equation 3, to be minimized
-    KL estimate                 k3 = π_ref / π - log(π_ref / π) - 1     equation 4
-    loss                        mean over sequences of the mean over tokens of (policy term + β k3)
+    policy term                 -min(r A, clip(r, 1 - ε, 1 + ε) A)    equation 3, to be minimized
+    KL estimate                 k3 = π_ref / π - log(π_ref / π) - 1   equation 4
+    loss                        mean over sequences of (mean over tokens of (policy term + β k3))
 
-While the policy is still the one that sampled, r is 1. The advantages of a group add up to 0, so the
-policy term has the value 0 then; its gradient, -A ∇ log π, is not 0.
+While the policy is still the one that sampled, r is 1. The advantages of a group add up to 0, so
+the policy term has the value 0 then; its gradient, -A ∇ log π, is not 0.
 
 Departures from the paper: a group of equal rewards has advantages of exactly 0; log r is clamped to
 ±20 and k3 to 10 (verl's limits), so that no input gives an infinity; and the mean is one weight for
 each token, computed for the whole optimizer step, so that micro-batches add up to the full batch.
 """
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 
 from replay_buffer import Experience
-from support.model import padded_inputs
+from support.model import logits_at
 from support.pieces import in_pieces
 from support.statistics import unbiased_std
 
@@ -44,10 +42,7 @@ def completion_logits(
     """
     width = sequences.shape[1]
     positions = torch.arange(width - num_actions - 1, width - 1, device=sequences.device)
-    inputs = padded_inputs(model, sequences, attention_mask) | {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, logits_to_keep=positions).logits
-    return model(**inputs).logits[:, positions]
+    return logits_at(model, sequences, attention_mask, positions)
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -91,15 +86,15 @@ def group_advantages(returns: Tensor) -> Tensor:
     """How much better each completion is than its group: (R - mean) / (std + 1e-4).
 
     Args:
-        returns: float (Q, G), one row for each group, or (G,). NaN marks a completion that no reward
-            could score: it takes no part, and its advantage is 0.
+        returns: float (Q, G), one row for each group, or (G,). NaN marks a completion that no
+            reward could score: it takes no part, and its advantage is 0.
     Raises:
         ValueError: for groups of one completion, as in a column (G, 1).
     """
     if returns.dim() == 0 or returns.shape[-1] < 2:
         raise ValueError(
-            f"returns of shape {tuple(returns.shape)} hold groups of one completion, which cannot be "
-            "compared with anything; give (questions, group_size), one row for each question."
+            f"returns of shape {tuple(returns.shape)} hold groups of one completion, which cannot "
+            "be compared; give (questions, group_size), one row for each question."
         )
     exact = returns.double()  # the squares of rewards of 1e20 are too large for float32
     return (center(exact) / (unbiased_std(exact) + STD_EPS)).nan_to_num().to(returns.dtype)
@@ -112,10 +107,9 @@ def rewards_differ(returns: Tensor) -> Tensor:
 
 
 def center(returns: Tensor) -> Tensor:
-    """R - mean(R) inside each group (..., G), exactly 0 where all are equal; NaN stays NaN.
+    """R - mean(R) inside each group (..., G); NaN stays NaN.
 
-    The mean of twelve rewards of 0.01 is not quite 0.01, and a division by the std of this rounding
-    noise would make large advantages of it.
+    Exactly 0 where all are equal: the mean of twelve rewards of 0.01 is not quite 0.01.
     """
     centered = returns - returns.nanmean(dim=-1, keepdim=True)
     return torch.where(rewards_differ(returns).unsqueeze(-1), centered, returns * 0)
@@ -127,7 +121,7 @@ def bounded_exp(x: Tensor) -> Tensor:
 
 
 def approx_kl_divergence(log_probs: Tensor, log_probs_ref: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy ‖ reference) at each token, from the sampled token alone; >= 0."""
+    """The k3 estimate of KL(policy ‖ reference) at each token, of the sampled token alone; >= 0."""
     difference = (log_probs - log_probs_ref).clamp(min=-LOG_RATIO_LIMIT)
     return ((-difference).exp() + difference - 1).clamp(max=KL_LIMIT)
 
@@ -147,15 +141,12 @@ class GRPOLoss(nn.Module):
         """Whether a completion with an advantage of 0 has a gradient all the same."""
         return self.kl_weight > 0
 
-    def adapt(self, entropy: float) -> None:
-        """After an optimizer step, with the mean entropy of its tokens; the paper adapts nothing."""
-
     def advantages(self, returns: Tensor, rewards: Tensor, reward_weights: list[float]) -> Tensor:
         """Advantages (Q, G) of returns (Q, G), the weighted sums of K rewards (K, Q, G)."""
         return group_advantages(returns)
 
     def token_weights(self, lengths: list[int], max_new_tokens: int) -> Tensor:
-        """The mean over the tokens of a sequence, then over all N: a weight per token, float32 (N,).
+        """Mean over the tokens of a sequence, then over all N, as a weight of each token: (N,).
 
         Args:
             lengths: of all completions of the optimizer step; an empty one does not count.
@@ -194,7 +185,7 @@ class GRPOLoss(nn.Module):
 
         Args:
             log_probs: float (B, C), of the policy now, with gradient.
-            batch: the same micro-batch. No action_log_probs: the policy is still the one that sampled.
+            batch: the same micro-batch; no action_log_probs: the policy has not changed since.
             weights: float (B,), from `token_weights` over the whole optimizer step.
             entropies, exact_kl: float (B, C), for the objectives that use them.
         Returns:

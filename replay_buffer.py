@@ -1,4 +1,4 @@
-"""`Experience`, a completion with all that the loss needs; padding; the replay buffer and its batches.
+"""`Experience`, a completion with all that the loss needs; padding; the replay buffer.
 
 Shapes: B sequences; P prompt tokens, padded on the left; C completion tokens, padded on the right.
 
@@ -6,9 +6,9 @@ Shapes: B sequences; P prompt tokens, padded on the left; C completion tokens, p
     attention_mask      0     0      1      1 |      1      1     1     0      (B, P + C)
     action_mask                                      1      1     1     0      (B, C)
 
-What is said of tokens is (B, C) and stands where the token stands: the causal shift by one is made in
-loss.py. Masks come from lengths, never from comparing with the pad token: pad and end may be the same
-token, and the end token may stand inside the prompt.
+What is said of tokens is (B, C) and stands where the token stands: the causal shift by one is made
+in loss.py. Masks come from lengths, never from comparing with the pad token: pad and end may be the
+same token, and the end token may stand inside the prompt.
 """
 
 from collections.abc import Iterator
@@ -37,20 +37,16 @@ class Experience:
 
     @classmethod
     def of(
-        cls,
-        prompt_ids: list[int],
-        completion_ids: list[int],
-        sampler_log_probs: list[float] | None = None,
+        cls, prompt_ids: list[int], completion_ids: list[int], log_probs: list[float] | None = None
     ) -> "Experience":
-        """One completion, from lists."""
+        """One completion, from lists; `log_probs` are the sampler's."""
+        assert prompt_ids and completion_ids, "a prompt and at least one sampled token"
         sequences = torch.tensor(prompt_ids + completion_ids, dtype=torch.long)
         return cls(
             sequences=sequences,
             attention_mask=torch.ones_like(sequences, dtype=torch.bool),
             action_mask=torch.ones(len(completion_ids), dtype=torch.bool),
-            sampler_log_probs=None
-            if sampler_log_probs is None
-            else torch.tensor(sampler_log_probs),
+            sampler_log_probs=None if log_probs is None else torch.tensor(log_probs),
         )
 
     @property
@@ -88,11 +84,6 @@ def pad_batch(experiences: list[Experience]) -> Experience:
     return Experience(**{field.name: padded(field.name) for field in fields(Experience)})
 
 
-def pad_lists(rows: list[tuple[list[int], list[int]]]) -> Experience:
-    """Pairs of prompt and completion, as lists of token ids, padded to one batch."""
-    return pad_batch([Experience.of(prompt, completion) for prompt, completion in rows])
-
-
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
     """Cut a list into pieces of `size`; the last one may be smaller, nothing is dropped."""
     for start in range(0, len(items), size):
@@ -107,12 +98,11 @@ class ReplayBuffer:
 
     def fill(self, experiences: list[Experience], returns: Tensor, advantages: Tensor) -> None:
         """Forget everything, and keep N experiences with their returns and advantages, (N,)."""
-        for e in experiences:
-            assert e.sequences.dim() == 1, "single completions; pad_batch makes the batches"
-            assert len(e.sequences) > e.num_actions > 0, "a prompt and at least one sampled token"
         self.items = [
-            replace(experience, returns=r, advantages=a)
-            for experience, r, a in zip(experiences, returns, advantages, strict=True)
+            replace(experience, returns=own_return, advantages=advantage)
+            for experience, own_return, advantage in zip(
+                experiences, returns, advantages, strict=True
+            )
         ]
 
     def mini_batches(

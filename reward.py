@@ -6,7 +6,7 @@ Every reward function, built in or yours, has the signature of TRL's for plain-t
 
 `columns` holds a list for every column of the dataset, and also `reference` (the final answers),
 `completion_ids` (token ids) and `max_new_tokens`. None means "cannot be scored": that completion
-takes no part in its group. How answers are read stands in support/answers.py; how a function of your
+takes no part in its group. How answers are read is in support/answers.py; how a function of your
 own is loaded, timed and, if it fails, reported, in support/user_rewards.py.
 """
 
@@ -17,6 +17,7 @@ import torch
 
 from rollout import Group
 from support.answers import find_answer, is_correct
+from support.config import Config
 from support.errors import UserError
 from support.user_rewards import RewardFunction, call_reward, reward_arguments
 
@@ -33,7 +34,7 @@ def accuracy(prompts: Texts, completions: Texts, reference: Texts, **columns: An
 
 
 def well_formed(prompts: Texts, completions: Texts, **columns: Any) -> Scores:
-    """1 for <think>…</think> and then <answer>…</answer>, each tag once, and nothing around them."""
+    """1 for <think>…</think> and then <answer>…</answer>, each tag once, nothing around them."""
 
     def good(text: str) -> bool:
         places = [text.find(tag) for tag in TAGS]
@@ -55,7 +56,7 @@ def length_penalty(
 def soft_overlong(
     prompts: Texts, completions: Texts, completion_ids: list, max_new_tokens: int, **columns: Any
 ) -> Scores:
-    """0 up to 80 % of max_new_tokens, then in a line down to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
+    """0 up to 80 % of max_new_tokens, then linear down to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
     buffer = OVERLONG_SHARE * max_new_tokens
     over = [(len(ids) - (max_new_tokens - buffer)) / buffer for ids in completion_ids]
     return [-min(1.0, max(0.0, share)) for share in over]
@@ -72,7 +73,7 @@ def repetition(prompts: Texts, completions: Texts, **columns: Any) -> Scores:
 
 
 def tutorial(prompts: Texts, completions: Texts, reference: Texts, **columns: Any) -> Scores:
-    """The tiny-grpo tutorial's: 1.0 the answer is the reference, 0.5 contains it, 0.01 other, 0 none.
+    """The tiny-grpo tutorial's: 1 the reference, 0.5 contains it, 0.01 another answer, 0 no tag.
 
     Kept for comparison: the credit for a part pays for answers such as `1 2 3 4`. The answer is
     stripped, as the tutorial's own code forgot to.
@@ -91,25 +92,20 @@ REWARDS: dict[str, RewardFunction] = {
 }
 
 
-def score(
-    groups: list[Group],
-    rewards: dict[str, RewardFunction],
-    weights: list[float],
-    max_new_tokens: int,
-    time_limit: float,
-) -> list[Group]:
+def score(groups: list[Group], rewards: dict[str, RewardFunction], config: Config) -> list[Group]:
     """The groups with the rewards of each completion and their weighted sum, the return.
 
     Args:
-        rewards: K functions by name, and their weights.
-        time_limit: seconds for each function and all completions; 0: no limit.
+        rewards: K functions by name.
+        config: reward_weights, max_new_tokens, and reward_timeout: seconds for each function.
     Raises:
         UserError: a function failed, took too long, or did not return finite numbers or Nones.
     """
-    arguments = reward_arguments(groups, max_new_tokens)
-    table = torch.stack([call_reward(*pair, *arguments, time_limit) for pair in rewards.items()])
-    weighted = torch.stack([w * row for w, row in zip(weights, table, strict=True)])  # (K, Q × G)
-    returns = torch.where(table.isnan().all(dim=0), torch.nan, weighted.nansum(dim=0))
+    arguments = *reward_arguments(groups, config.max_new_tokens), config.reward_timeout
+    table = torch.stack([call_reward(*pair, *arguments) for pair in rewards.items()])  # (K, Q × G)
+    weighted = [w * row for w, row in zip(config.reward_weights, table, strict=True)]
+    scored = ~table.isnan().all(dim=0)
+    returns = torch.where(scored, torch.stack(weighted).nansum(dim=0), torch.nan)
     if returns.isinf().any():
         raise UserError(
             "The weighted sum of the rewards is too large for float32; scale the rewards or their "
@@ -117,6 +113,6 @@ def score(
         )
     columns = zip(table.chunk(len(groups), dim=1), returns.chunk(len(groups)), strict=True)
     return [
-        replace(group, rewards=rewards_, returns=returns_)
-        for group, (rewards_, returns_) in zip(groups, columns, strict=True)
+        replace(group, rewards=own_rewards, returns=own_returns)
+        for group, (own_rewards, own_returns) in zip(groups, columns, strict=True)
     ]

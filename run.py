@@ -1,29 +1,33 @@
 """Ask the trained model and the model it came from the same question, side by side.
 
-    python run.py                                    three questions of the test set, with their references
+    python run.py                          three questions of the test set, with their references
     python run.py --model runs/NAME --question "Tom has 5 apples. ..."
 
---model is a run folder or a checkpoint; without it, it is the newest run in runs/. The base is the model that the run
-started from, unless --base names another. Answers are greedy.
+--model is a run folder or a checkpoint; without it, it is the newest run in runs/. The base is the
+model that the run started from, unless --base names another. Answers are greedy.
 """
 
 import shutil
 import textwrap
 from dataclasses import replace
 
-from answers import find_answer, find_reasoning, is_correct
-from checkpoint import find_model
-from config import Config
-from data import Question, with_prompts
-from errors import UserError, command
-from evaluate import held_out_questions, run_config
-from model import build_accelerator, load_model, load_tokenizer
-from preflight import check_model
-from rollout import Completion, Sampling, rollout
+from loss import sequences_log_probs
+from objectives.table import CHOICES
+from rollout import Completion, rollout
+from support.answers import find_answer, find_reasoning, is_correct
+from support.checkpoint import find_model
+from support.command_line import parse_run_config
+from support.config import Config
+from support.data import Question, with_prompts
+from support.errors import UserError, command
+from support.evaluation import held_out_questions
+from support.generation import Sampling
+from support.model import build_accelerator, load_model, load_tokenizer
+from support.preflight import check_model
 
 
 def greedy_answers(name: str, questions: list[Question], config: Config) -> list[Completion]:
-    """Greedy answers of the model `name`; the model is dropped afterwards, so two never share the memory."""
+    """Greedy answers of the model `name`, which is dropped afterwards: two never share the memory."""
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(name)
     prompted, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
@@ -32,12 +36,11 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
             f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it."
         )
     model = load_model(name, config.sampling_precision)
-    check_model(model, tokenizer, replace(config, model=name))
+    check_model(model, tokenizer, replace(config, model=name), sequences_log_probs)
     model.to(accelerator.device)
-    sampling = Sampling(
-        config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size
-    )
-    return [group[0] for group in rollout(model, tokenizer, prompted, 1, sampling)]
+    greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
+    groups = rollout(model, tokenizer, prompted, 1, greedy)
+    return [group.completions[0] for group in groups]
 
 
 def describe(title: str, completion: Completion, reference: str) -> str:
@@ -46,9 +49,8 @@ def describe(title: str, completion: Completion, reference: str) -> str:
     lines = [title, "", f"reasoning  {reasoning if reasoning is not None else '(no <think> tag)'}"]
     lines += [f"answer     {answer if answer is not None else '(no <answer> tag)'}"]
     if reference:
-        lines += [
-            f"reward     {float(is_correct(completion.text, reference)):.0f} (reference {reference})"
-        ]
+        reward = float(is_correct(completion.text, reference))
+        lines += [f"reward     {reward:.0f} (reference {reference})"]
     lines += [f"tokens     {len(completion.ids)}{', cut off' if completion.truncated else ''}"]
     if reasoning is None and answer is None:
         lines += ["", "said       " + completion.text]
@@ -63,17 +65,20 @@ def side_by_side(left: str, right: str, width: int) -> str:
         for text in (left, right)
     ]
     height = max(map(len, wrapped))
-    rows = zip(*(w + [""] * (height - len(w)) for w in wrapped), strict=True)
+    rows = zip(*(lines + [""] * (height - len(lines)) for lines in wrapped), strict=True)
     return "\n".join(f"{a:<{column}} | {b}" for a, b in rows)
 
 
 @command
 def main(argv: list[str]) -> None:
     """Answer with both models and print the answers beside each other."""
-    config, others = run_config(
-        argv, __doc__, question="the question to ask; without one, the first three of the test set",
+    config, others = parse_run_config(
+        argv,
+        __doc__,
+        CHOICES,
+        question="the question to ask; without one, the first three of the test set",
         base="the model to compare with, instead of the one the run started from",
-    )  # fmt: skip
+    )
     if others["question"] is not None:
         if not others["question"].strip():
             raise UserError(
@@ -88,10 +93,8 @@ def main(argv: list[str]) -> None:
     width = shutil.get_terminal_size((120, 24)).columns
     for question, *completions in zip(questions, *columns, strict=True):
         print("\n" + textwrap.fill(question.question, width) + "\n")
-        texts = [
-            describe(name, c, question.reference)
-            for name, c in zip(names, completions, strict=True)
-        ]
+        pairs = zip(names, completions, strict=True)
+        texts = [describe(name, answer, question.reference) for name, answer in pairs]
         print(texts[0] if len(texts) == 1 else side_by_side(*texts, width))
 
 

@@ -4,10 +4,10 @@
     python train.py --model runs/warm/model
 
 Each example is a question's prompt and the completion that the dataset's own solution makes:
-`<think>` the solution `</think> <answer>` the final answer `</answer>`. A column `completion` in the dataset is used
-as it stands instead. The loss is the mean negative log-likelihood of all completion tokens of an optimizer step; the
-learning rate rises over warmup_steps and falls linearly to 0. The knobs are those of train.py; those
-of rollout, reward, objective and evaluation have nothing to do here.
+`<think>` the solution `</think> <answer>` the final answer `</answer>`. A column `completion` in the
+dataset is used as it stands instead. The loss is the mean negative log-likelihood of all completion
+tokens of an optimizer step; the learning rate rises over warmup_steps and falls linearly to 0. The
+options are those of train.py; those of rollout, reward, objective and evaluation do nothing here.
 """
 
 import re
@@ -15,21 +15,22 @@ import shutil
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
-from torch import nn
 
-from checkpoint import new_run_dir
-from config import Config, located, parse_config
-from data import Question, QuestionStream, load_questions, with_prompts
-from errors import UserError, command
-from log_probs import Policy
-from loss import token_weights
-from model import build_accelerator, build_optimizer, load_model, load_tokenizer
-from monitor import progress
-from preflight import check_model
+from loss import sequences_log_probs
+from objectives.equations import token_weights
+from objectives.table import CHOICES
 from replay_buffer import Experience, batches, pad_batch
+from support.checkpoint import new_run_dir
+from support.command_line import parse_config
+from support.config import Config, resolve_path
+from support.data import Question, QuestionStream, load_questions, with_prompts
+from support.errors import UserError, command
+from support.model import build_accelerator, build_optimizer, load_model, load_tokenizer
+from support.monitor import progress
+from support.policy import Policy
+from support.preflight import check_model
 
 CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations: 48/2 = <<48/2=24>>24
 
@@ -38,21 +39,20 @@ def target(question: Question) -> str:
     """The completion to imitate."""
     if "completion" in question.columns:
         return question.columns["completion"]
-    return f"<think>{CALCULATOR.sub('', question.solution)}</think>\n<answer>{question.reference}</answer>"
+    solution = CALCULATOR.sub("", question.solution)
+    return f"<think>{solution}</think>\n<answer>{question.reference}</answer>"
 
 
 def example(question: Question, tokenizer: Any, max_new_tokens: int) -> Experience:
     """Prompt and target as tokens, the end token included unless the target is cut off."""
-    ids = tokenizer(target(question), add_special_tokens=False)["input_ids"] + [
-        tokenizer.eos_token_id
-    ]
-    return Experience.of(question.prompt_ids, ids[:max_new_tokens], returns=0.0, advantage=0.0)
+    ids = tokenizer(target(question), add_special_tokens=False)["input_ids"]
+    ids.append(tokenizer.eos_token_id)
+    return Experience.of(question.prompt_ids, ids[:max_new_tokens])
 
 
 def fit(
-    policy: nn.Module,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
     tokenizer: Any,
     stream: QuestionStream,
     config: Config,
@@ -64,23 +64,21 @@ def fit(
         rise, fall = (step + 1) / max(1, config.warmup_steps), 1 - step / config.steps
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, rise) * fall
-        examples = [
-            example(q, tokenizer, config.max_new_tokens)
-            for q in stream.take(config.train_batch_size)
-        ]
+        questions = stream.take(config.train_batch_size)
+        examples = [example(question, tokenizer, config.max_new_tokens) for question in questions]
         weights = token_weights([e.num_actions for e in examples], "token-mean")
         total = 0.0
-        size = config.micro_batch_size or 4  # auto would be all of them, and nothing here halves it
-        for chosen in batches(list(zip(examples, weights, strict=True)), size):
-            batch = pad_batch([e for e, _ in chosen]).to(accelerator.device)
+        # `auto` would be all of them, and nothing here halves it.
+        for chosen in batches(
+            list(zip(examples, weights, strict=True)), config.micro_batch_size or 4
+        ):
+            batch = pad_batch([e for e, _ in chosen]).to(policy.device)
             log_probs, *_ = policy(batch)
-            per_sequence = torch.where(batch.action_mask, log_probs, 0.0).sum(-1)
-            loss = -(
-                torch.stack([w for _, w in chosen]).to(accelerator.device) * per_sequence
-            ).sum()
-            accelerator.backward(loss)
+            per_sequence = torch.where(batch.action_mask, log_probs, 0.0).sum(dim=-1)
+            loss = -(torch.stack([w for _, w in chosen]).to(policy.device) * per_sequence).sum()
+            loss.backward()
             total += loss.item()
-        accelerator.clip_grad_norm_(policy.parameters(), config.max_norm)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_norm)
         optimizer.step()
         optimizer.zero_grad()
         if step % max(1, config.steps // 10) == 0 or step == config.steps - 1:
@@ -91,16 +89,16 @@ def fit(
 @command
 def main(argv: list[str]) -> None:
     """Train on the solutions of `config.dataset`, then write <run_dir>/model."""
-    config, others = parse_config(argv, __doc__)
+    config, others = parse_config(argv, __doc__, CHOICES)
     if others["resume"]:
         raise UserError("sft.py cannot resume, it is short: start again, in another --run_dir.")
     accelerator = build_accelerator(config)
-    questions = load_questions(located(config.dataset), "train", config.dataset_config)
+    questions = load_questions(resolve_path(config.dataset), "train", config.dataset_config)
     tokenizer = load_tokenizer(config.model)
     set_seed(config.seed)
     model = load_model(config.model, config.precision, config.gradient_checkpointing)
-    check_model(model, tokenizer, config)
-    policy = Policy(model, temperature=1.0)
+    check_model(model, tokenizer, config, sequences_log_probs)
+    policy = Policy(model, sequences_log_probs)
     questions, dropped = with_prompts(
         questions, tokenizer, config.system_prompt, config.max_prompt_tokens
     )
@@ -110,13 +108,15 @@ def main(argv: list[str]) -> None:
                 f"The completion of {question.question[:60]!r} is empty or is not text; write it out."
             )
     print(
-        f"{len(questions)} examples; {dropped} left out: prompt longer than {config.max_prompt_tokens} tokens"
+        f"{len(questions)} examples; {dropped} left out: prompt longer than "
+        f"{config.max_prompt_tokens} tokens"
     )
     folder, _held = new_run_dir(config)
-    policy, optimizer = accelerator.prepare(policy, build_optimizer(policy, config))
-    fit(policy, optimizer, accelerator, tokenizer, QuestionStream(questions, config.seed), config)
+    policy = accelerator.prepare_model(policy)
+    optimizer = build_optimizer(policy.model, config)
+    fit(policy, optimizer, tokenizer, QuestionStream(questions, config.seed), config)
     try:
-        accelerator.unwrap_model(policy).model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         config.save(folder / "model" / "config.yaml")
     except (OSError, SafetensorError) as error:

@@ -7,11 +7,12 @@
 
 Read `train` first: its loop is algorithm 1 of the paper (DeepSeekMath, arXiv 2402.03300). Each step
 goes through rollout.py (completions), reward.py (rewards), loss.py (log-probabilities, advantages,
-loss) and replay_buffer.py (batches). What other methods change is in objectives/, what keeps a long
-run safe in support/. docs/names.md has the names of the tiny-grpo tutorial, TRL and verl beside ours.
+loss) and replay_buffer.py (batches). What other methods change is in objectives/; what keeps a long
+run safe is in support/. If you come from the tiny-grpo tutorial, TRL or verl: docs/names.md has the
+names that you know beside ours.
 """
 
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from loss import GRPOLoss
-from objectives import equations
-from objectives.experiences import adjust, of_comparison, replace_zero_std, trained_completions
+from objectives import equations, participation
 from objectives.table import CHOICES, Objective, objective_of
-from replay_buffer import Experience, ReplayBuffer, batches, pad_batch, pad_lists
+from replay_buffer import Experience, ReplayBuffer, batches, pad_batch
 from reward import REWARDS, score
 from rollout import Group, rollout
 from support import metrics
@@ -37,15 +37,15 @@ from support.errors import command
 from support.evaluation import held_out_questions
 from support.generation import Sampling
 from support.memory import MicroBatch
-from support.model import build_accelerator, build_optimizer, load_tokenizer, set_learning_rate
+from support.model import build_accelerator, build_optimizer, load_tokenizer
 from support.monitor import Monitor, quiet_progress
 from support.policy import Policy, load_policies
 from support.preflight import check_sampler
-from support.schedule import open_run, restore, save_finished_steps, scheduled_steps
+from support.schedule import open_run, restore, save_finished_steps
 from support.shared_prompts import order_by_prompt
 from support.user_rewards import RewardFunction, load_rewards
 
-FORWARD_ONLY = 4  # times as many sequences fit where nothing is kept for a backward pass
+Pairs = list[tuple[Experience, Tensor]]  # each with the weight of its tokens
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Trainer:
     held_out: list[Question]
     monitor: Monitor
     micro_batch: MicroBatch
+    run_dir: Path | None = None  # once it is open
     start_step: int = 0
     skipped: int = 0  # optimizer steps without a finite gradient, the last ones in a row
 
@@ -72,115 +73,103 @@ class Trainer:
         return rollout(self.policy.sampler(), self.tokenizer, questions, *settings)
 
 
-def train(trainer: Trainer, run_dir: Path) -> None:
-    """Algorithm 1 of the paper. What is done between two steps is in support/schedule.py."""
+def train(trainer: Trainer, steps: Iterator[tuple[int, torch.Generator]]) -> None:
+    """Algorithm 1 of the paper. What is done before and after a step is in support/schedule.py."""
     config, objective, monitor = trainer.config, trainer.objective, trainer.monitor
     replay_buffer = ReplayBuffer()
-    for step, generator in scheduled_steps(trainer, run_dir):
-        with save_finished_steps(trainer, run_dir, step - 1):
+    for step, generator in steps:
+        with save_finished_steps(trainer, step - 1):
             # Sample a group of completions for each question, and score each completion.
             groups = sample_and_score(trainer, config.rollouts_per_step)
             if objective.dynamic_sampling > 1:
                 sample_more = partial(sample_and_score, trainer)
-                groups = replace_zero_std(groups, sample_more, objective, monitor)
+                groups = participation.replace_zero_std(groups, sample_more, objective, monitor)
             returns = torch.stack([group.returns for group in groups])  # (Q, G)
             rewards = torch.stack([group.rewards for group in groups], dim=1)  # (K, Q, G)
 
             # How likely was each token, to the policy that sampled it and to the reference?
-            trained = trained_completions(groups, objective.mask_truncated)
-            experiences = compute_log_probs(trainer, groups, trained)
-            if objective.needs_policy_pass:  # for a KL in the reward, or a choice of tokens
-                on_policy = config.optimizer_steps == 1
-                returns, experiences = adjust(
-                    returns, experiences, trained, objective, on_policy, monitor
-                )
+            trained = participation.trained_completions(groups, objective.mask_truncated)
+            experiences = add_log_probs(trainer, groups, trained)
+            if objective.needs_policy_pass:  # a KL in the reward, or a choice of tokens
+                apply = partial(participation.apply, objective, config.optimizer_steps, monitor)
+                returns, experiences = apply(returns, experiences, trained)
 
             # How much better is each completion than the others of its group?
             advantages = trainer.loss.advantages(returns, rewards, config.reward_weights)
             monitor.add_all(metrics.of_advantages(returns, advantages))
             monitor.show_completions(groups[0], advantages[0], step, config.log_completions)
-            replay_buffer.fill(
-                experiences, returns.flatten()[trained], advantages.flatten()[trained]
-            )
+            chosen = returns.flatten()[trained], advantages.flatten()[trained]
+            replay_buffer.fill(experiences, *chosen)
 
         # Make the tokens of better completions likelier, those of worse ones less likely.
-        monitor.add("train/lr", set_learning_rate(trainer.optimizer, config, step))
-        monitor.add("train/skipped_steps", 0)
+        size, epochs = config.train_batch_size, config.epochs_per_step
         with monitor.time("time/update"):
-            size, epochs = config.train_batch_size, config.epochs_per_step
             for mini_batch in replay_buffer.mini_batches(size, epochs, generator):
                 update(trainer, mini_batch)
 
 
 def sample_and_score(trainer: Trainer, count: int) -> list[Group]:
     """A group of completions for each of the next `count` questions, with their rewards."""
-    config, monitor, start = trainer.config, trainer.monitor, time.perf_counter()
+    config, monitor = trainer.config, trainer.monitor
     questions, show = trainer.questions.take(count), quiet_progress("rollout")
-    with monitor.time("time/rollout"):
+    with monitor.time("time/rollout") as timer:
         groups = trainer.sample(questions, config.group_size, Sampling.of(config), show)
-    monitor.add_all(metrics.of_rollout(groups, time.perf_counter() - start))
-    weights, budget, limit = config.reward_weights, config.max_new_tokens, config.reward_timeout
-    groups = score(groups, trainer.rewards, weights, budget, limit)
+    monitor.add_all(metrics.of_rollout(groups, timer.seconds))
+    groups = score(groups, trainer.rewards, config)
     monitor.add_all(metrics.of_rewards(groups, trainer.rewards))
-    monitor.add_all(of_comparison(groups, trainer.objective))
+    monitor.add_all(participation.of_comparison(groups, trainer.objective))
     return groups
 
 
-def compute_log_probs(
-    trainer: Trainer, groups: list[Group], trained: list[int]
-) -> list[Experience]:
-    """The trained completions, with the log-probabilities that the loss compares.
+def add_log_probs(trainer: Trainer, groups: list[Group], trained: list[int]) -> list[Experience]:
+    """The completions that are trained, with the log-probabilities that the loss compares.
 
-    With one optimizer step for each rollout, the policy that is trained is the one that sampled: the
-    ratio is 1, and its old log-probabilities are not needed.
+    With one optimizer step for each rollout, the policy that is trained is the one that sampled:
+    the ratio is 1, and its old log-probabilities are not needed.
     """
-    objective, micro_batch = trainer.objective, trainer.micro_batch
+    objective, passes = trainer.objective, []
+    if trainer.config.optimizer_steps > 1 or objective.needs_policy_pass:
+        passes.append((trainer.policy, objective.policy_fields))
+    if objective.needs_reference_pass:
+        passes.append((trainer.reference, ["log_probs_ref"]))
     experiences = [experience for group in groups for experience in group.experiences]
-    if not objective.subtracts_kl:
+    if not objective.subtracts_kl:  # else those of all completions are needed
         experiences = [experiences[i] for i in trained]
     with trainer.monitor.time("time/log_probs"):
-        if trainer.config.optimizer_steps > 1 or objective.needs_policy_pass:
-            names = objective.policy_fields
-            experiences = add_log_probs(trainer.policy, experiences, names, micro_batch)
-        if objective.needs_reference_pass:
-            names = ["log_probs_ref"]
-            experiences = add_log_probs(trainer.reference, experiences, names, micro_batch)
+        for policy, names in passes:
+            ask = partial(policy_pass, policy, names, experiences)
+            experiences = trainer.micro_batch.halve_on_oom(ask)
     return experiences
 
 
 @torch.no_grad()
-def add_log_probs(
-    policy: Policy, experiences: list[Experience], names: list[str], micro_batch: MicroBatch
+def policy_pass(
+    policy: Policy, names: list[str], experiences: list[Experience], size: int
 ) -> list[Experience]:
-    """The experiences with what `policy` says of their tokens, in the fields `names`."""
-
-    def in_batches_of(size: int) -> list[Experience]:
-        done = []
-        for items in batches(experiences, FORWARD_ONLY * size if size > 1 else 1):
-            found = [values.cpu() for values in policy(pad_batch(items).to(policy.device))]
-            for i, item in enumerate(items):
-                rows = [values[i, : item.num_actions] for values in found]
-                done.append(replace(item, **dict(zip(names, rows, strict=False))))
-        return done
-
-    return micro_batch.halve_on_oom(in_batches_of)
+    """The experiences with what `policy` says of their tokens, as the fields `names`."""
+    done = []
+    # Nothing is kept for a backward pass, so four times as many sequences fit.
+    for items in batches(experiences, 4 * size if size > 1 else 1):
+        found = [values.cpu() for values in policy(pad_batch(items).to(policy.device))]
+        for i, item in enumerate(items):
+            rows = [values[i, : item.num_actions] for values in found]
+            done.append(replace(item, **dict(zip(names, rows, strict=False))))
+    return done
 
 
 def update(trainer: Trainer, mini_batch: list[Experience]) -> None:
     """One optimizer step: add up the gradients of the micro-batches, clip, step.
 
-    The weight of a token is that of the whole mini-batch, so the size of micro-batches and their order
-    do not change the sum. Nor does leaving out completions that have no gradient. A step whose loss or
-    gradient is not finite is skipped.
+    The weight of a token is that of the whole mini-batch, so neither the size nor the order of
+    micro-batches changes the sum; nor does leaving out completions that have no gradient. A step
+    whose loss or gradient is not finite is skipped.
     """
     policy, loss, monitor = trainer.policy, trainer.loss, trainer.monitor
     lengths = [e.num_actions for e in mini_batch]
     weights = loss.token_weights(lengths, trainer.config.max_new_tokens)
-    pairs = [
-        (e, weight)
-        for e, weight in zip(mini_batch, weights, strict=True)
-        if loss.trains_zero_advantage or e.advantages != 0
-    ]
+    pairs = list(zip(mini_batch, weights, strict=True))
+    if not loss.trains_zero_advantage:
+        pairs = [(e, weight) for e, weight in pairs if e.advantages != 0]
     if not pairs:  # no step at all, not even one of momentum or weight decay
         trainer.skipped = 0
         return
@@ -196,7 +185,8 @@ def update(trainer: Trainer, mini_batch: list[Experience]) -> None:
     finite = bool(torch.isfinite(total) & torch.isfinite(grad_norm))
     if finite:
         trainer.optimizer.step()
-        loss.adapt(float(entropy) / tokens)
+        if trainer.objective.entropy_target is not None:
+            loss.adapt(float(entropy) / tokens)
         monitor.add("train/loss", len(mini_batch) * total, len(mini_batch))
         monitor.add("train/grad_norm", grad_norm)
     trainer.optimizer.zero_grad()
@@ -205,13 +195,9 @@ def update(trainer: Trainer, mini_batch: list[Experience]) -> None:
 
 
 def add_gradients(
-    policy: Policy,
-    reference: Policy | None,
-    loss: GRPOLoss,
-    pairs: list[tuple[Experience, Tensor]],
-    size: int,
+    policy: Policy, reference: Policy | None, loss: GRPOLoss, pairs: Pairs, size: int
 ) -> tuple[Tensor, Tensor, list[metrics.Metrics]]:
-    """Add up the gradients of experiences with their token weights, `size` at a time.
+    """Add up the gradients of micro-batches of `size`.
 
     Returns:
         the loss; the sum of the entropies of the tokens; the metrics of each micro-batch.
@@ -232,23 +218,16 @@ def add_gradients(
 
 
 def build(config: Config, resume: str | None) -> Trainer:
-    """Load and check everything that a run needs, and write nothing.
-
-    Raises:
-        UserError: something is missing, or does not go together.
-    """
+    """Load and check everything that a run needs; UserError if it cannot work. Writes nothing."""
     objective = objective_of(config)
-    print(config.arithmetic)
-    print(objective.describe(config.objective, config.optimizer_steps))
+    print(config.arithmetic, objective.describe(config), sep="\n")
     rewards, accelerator = load_rewards(config.reward, REWARDS), build_accelerator(config)
     saved, state = load_newest(resume, config)
     tokenizer = load_tokenizer(config.model)
     questions = training_questions(config, tokenizer)
     held_out = held_out_questions(config, tokenizer) if config.eval_interval else []
-    functions = equations.log_prob_functions(objective)
-    policy, reference = load_policies(
-        config, saved, tokenizer, accelerator, objective.kl_weight > 0, *functions
-    )
+    functions, has_kl = equations.log_prob_functions(objective), objective.kl_weight > 0
+    policy, reference = load_policies(config, saved, tokenizer, accelerator, has_kl, *functions)
     trainer = Trainer(
         config,
         tokenizer,
@@ -264,7 +243,7 @@ def build(config: Config, resume: str | None) -> Trainer:
         MicroBatch(config.micro_batch),
     )
     restore(trainer, state)
-    check_sampler(trainer.sample, policy, pad_lists, questions, config)
+    check_sampler(trainer.sample, policy, pad_batch, questions, config)
     return trainer
 
 
@@ -272,8 +251,8 @@ def build(config: Config, resume: str | None) -> Trainer:
 def main(argv: list[str]) -> None:
     """Read the command line, build the trainer, open the run folder, train."""
     config, others = parse_config(argv, __doc__, CHOICES)
-    with open_run(config, others["resume"], build) as (trainer, run_dir):
-        train(trainer, run_dir)
+    with open_run(config, others["resume"], build) as (trainer, steps):
+        train(trainer, steps)
 
 
 if __name__ == "__main__":

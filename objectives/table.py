@@ -127,12 +127,12 @@ class Objective:
         """The fields of Experience that the policy pass fills."""
         return ["action_log_probs", *(["entropies"] if self.top_entropy < 1 else [])]
 
-    def describe(self, name: str, optimizer_steps: int) -> str:
-        """The objective in a line; and another one if some of it makes no difference."""
-        line = ": ".join(filter(None, [f"objective {name}", self.summary]))
+    def describe(self, config: Any) -> str:
+        """The objective of a Config in a line; and another one if some of it makes no difference."""
+        line = ": ".join(filter(None, [f"objective {config.objective}", self.summary]))
         columns = ("ratio_level", "surrogate", "clip_eps", "clip_eps_high", "clip_ratio_c")
         changes_ratio = any(getattr(self, c) != getattr(Objective, c) for c in columns)
-        if optimizer_steps == 1 and changes_ratio:
+        if config.optimizer_steps == 1 and changes_ratio:
             line += (
                 "\none optimizer step per rollout: every ratio is 1, so ratio_level, surrogate and "
                 "clip make no difference"

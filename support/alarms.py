@@ -1,9 +1,10 @@
 """Alarms: what a run that goes wrong looks like in its metrics, and what to change.
 
-Each alarm is a question to the metrics of the steps so far. While its answer is yes, the step's metrics hold
-`alarm/NAME` = 1; the sentence is printed, and written to TensorBoard's tab Text, when that begins. Thresholds and
-advice are those of the verl guide and of the tutorial where they give one (KL 0.1, clipped share 30 %, groups without
-spread 80 %); the others are ours, and none of them sounds in the demo (`tests/test_alarms.py`).
+Each alarm is a question to the metrics of the steps so far. While its answer is yes, the step's
+metrics hold `alarm/NAME` = 1; the sentence is printed, and written to TensorBoard's tab Text, when
+that begins. Thresholds and advice are those of the verl guide and of the tutorial where they give
+one (KL 0.1, clipped share 30 %, groups without spread 80 %); the others are ours, and none of them
+sounds in the demo (`tests/test_alarms.py`).
 """
 
 import math
@@ -40,8 +41,9 @@ def above(limit: float, count: int) -> tuple[str, Callable[[list[float]], bool]]
 def has_fallen(values: list[float]) -> bool:
     """The mean of 10 steps is a fifth below the best 5 before, and by more than their noise explains.
 
-    The noise is that of neighbouring steps, which a slow rise or a single fall hardly changes. 6 standard errors, since
-    the best of many means is compared, and since a policy that changes makes neighbours alike.
+    The noise is that of neighbouring steps, which a slow rise or a single fall hardly changes. 6
+    standard errors, since the best of many means is compared, and since a policy that changes makes
+    neighbours alike.
     """
     now, before = values[-10:], values[:-10]
     if len(before) < 5:
@@ -79,51 +81,62 @@ ALARMS = {
     ),
     "ratio": Alarm(
         "train/ratio_mean", "mean of 3 steps not within 0.9 … 1.1", mean_of(3, lambda x: abs(x - 1) > 0.1),
-        "New and old policy differ by more than 10 % on the average token: lower lr or epochs_per_step, or raise "
+        "New and old policy differ by more than 10 % on the average token: lower lr or "
+        "epochs_per_step, or raise "
         "train_batch_size.",
     ),
     "no_spread": Alarm(
         "rollout/no_spread_share", *above(0.8, 5),
-        "More than 80 % of the groups have equal rewards and teach nothing. If most answers are wrong: easier "
-        "questions, a warm start (sft.py) or a finer reward; if most are right: harder questions. In both cases a "
+        "More than 80 % of the groups have equal rewards and teach nothing. If most answers are "
+        "wrong: easier "
+        "questions, a warm start (sft.py) or a finer reward; if most are right: harder questions. "
+        "In both cases a "
         "larger group_size, a higher temperature, or --dynamic_sampling 10.",
     ),
     "truncated": Alarm(
         "rollout/truncated_share", *above(0.9, 3),
-        "Nearly every completion is cut off before its end: raise max_new_tokens, or see in the samples whether the "
+        "Nearly every completion is cut off before its end: raise max_new_tokens, or see in the "
+        "samples whether the "
         "model ever stops (a base model may need sft.py first).",
     ),
     "reward_falls": Alarm(
         "rollout/returns", "mean of 10 steps a fifth below the best 5 before, beyond noise", has_fallen,
-        "The reward has fallen by a fifth or more from its best: start again from an earlier checkpoint (--model "
+        "The reward has fallen by a fifth or more from its best: start again from an earlier "
+        "checkpoint (--model "
         "runs/NAME/checkpoint-STEP) with a lower lr or a higher kl_weight.",
     ),
     "length_explodes": Alarm(
         "rollout/completion_tokens", "mean of 5 steps above 4 times that of 20 steps before", has_exploded,
-        "Completions are four times as long as 20 steps ago: read the samples; add the reward soft_overlong or "
+        "Completions are four times as long as 20 steps ago: read the samples; add the reward "
+        "soft_overlong or "
         "length_penalty, or take an objective without the length bias (dr_grpo, dapo).",
     ),
     "length_collapses": Alarm(
         "rollout/completion_tokens", "mean of 5 steps below a third of that of 20 steps before", has_collapsed,
-        "Completions are a third as long as 20 steps ago: read the samples, a part of the reward may be had without an "
+        "Completions are a third as long as 20 steps ago: read the samples, a part of the reward "
+        "may be had without an "
         "answer (lower its reward_weights); else lower lr or raise warmup_steps.",
     ),
     "gradient": Alarm(
         "train/grad_norm", "3 steps above 10 times nine in ten of 50 before", has_jumped,
-        "The gradient norm is ten times its usual: lower lr or max_norm, and look for extreme rewards.",
+        "The gradient norm is ten times its usual: lower lr or max_norm, and look for extreme "
+        "rewards.",
     ),
     "skipped": Alarm(
         "train/skipped_steps", "any", mean_of(1, lambda x: x > 0),
-        "Optimizer steps were skipped because the loss or a gradient was not finite: lower lr; with bf16 try "
+        "Optimizer steps were skipped because the loss or a gradient was not finite: lower lr; "
+        "with bf16 try "
         "--precision fp32.",
     ),
     "unscored": Alarm(
         "rollout/unscored_share", *above(0.5, 3),
-        "More than half of the scores are None: see whether the reward functions find what they look for.",
+        "More than half of the scores are None: see whether the reward functions find what they "
+        "look for.",
     ),
     "sampler": Alarm(
         "train/sampler_gap", *above(0.3, 3),
-        "Sampler and trainer disagree about the sampled tokens: try --precision fp32, or --sampler_correction "
+        "Sampler and trainer disagree about the sampled tokens: try --precision fp32, or "
+        "--sampler_correction "
         "token_truncate.",
     ),
 }  # fmt: skip
@@ -132,8 +145,8 @@ ALARMS = {
 def alarms_for(ratio_level: str, top_p: float) -> dict[str, Alarm]:
     """The alarms that mean something under an objective and a sampler.
 
-    A sequence's ratio has a clip so narrow that most are clipped by design (gspo, luspo); a nucleus is
-    a known gap.
+    A sequence's ratio has a clip so narrow that most are clipped by design (gspo, luspo); a nucleus
+    is a known gap.
     """
     without = set()
     if ratio_level != "token":

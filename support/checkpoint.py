@@ -1,13 +1,15 @@
 """Save, and resume exactly: run folders, checkpoints, the lock that keeps two runs out of one folder.
 
-A checkpoint `<run_dir>/checkpoint-<step>` is an ordinary Hugging Face folder (model and tokenizer), the run's
-config.yaml, and trainer_state.pt: the optimizer, the step and the position in the questions. There is no schedule to
-save, since the learning rate is a function of the step, and no state of a random generator, since everything drawn
-in a step follows from (seed, step); so an evaluation, or a resume, can never change what the training draws.
+A checkpoint `<run_dir>/checkpoint-<step>` is an ordinary Hugging Face folder (model and tokenizer),
+the run's config.yaml, and trainer_state.pt: the optimizer, the step and the position in the
+questions. There is no schedule to save, since the learning rate is a function of the step, and no
+state of a random generator, since everything drawn in a step follows from (seed, step); so an
+evaluation, or a resume, can never change what the training draws.
 
-A checkpoint is whole or absent: it is written beside its place, synced to the disk, and renamed. SHA256SUMS, written
-last, has the hash of each file (`sha256sum -c SHA256SUMS` checks them too); nothing is loaded that does not agree
-with it, and nothing in it is unpickled but by torch's loader for plain tensors.
+A checkpoint is whole or absent: it is written beside its place, synced to the disk, and renamed.
+SHA256SUMS, written last, has the hash of each file (`sha256sum -c SHA256SUMS` checks them too);
+nothing is loaded that does not agree with it, and nothing in it is unpickled but by torch's loader
+for plain tensors.
 """
 
 import hashlib
@@ -61,7 +63,8 @@ def refuse_occupied(folder: Path) -> None:
     """UserError if there is anything in the folder but a lock."""
     if any(p.name != ".lock" for p in folder.iterdir()):
         raise UserError(
-            f"{folder} is not empty; choose another --run_dir, or continue the run in it with --resume {folder}."
+            f"{folder} is not empty; choose another --run_dir, or continue the run in it with "
+            f"--resume {folder}."
         )
 
 
@@ -105,7 +108,8 @@ def find_model(folder: str) -> str:
         and not Path(folder, "config.json").is_file()
     ):
         raise UserError(
-            f"The run {folder} has no checkpoint; a model is in checkpoint-STEP, or (sft.py) in model."
+            f"The run {folder} has no checkpoint; a model is in checkpoint-STEP, or (sft.py) in "
+            "model."
         )
     verify_model(found[-1] if found else Path(folder))
     return str(found[-1]) if found else folder
@@ -134,7 +138,8 @@ def save_checkpoint(
     """Write checkpoint-<step>, then delete all older ones but the newest `keep_checkpoints`, this one included.
 
     Raises:
-        UserError: if it could not be written (a full disk), or if weights are not finite; the earlier ones are
+        UserError: if it could not be written (a full disk), or if weights are not finite; the
+        earlier ones are
             untouched.
     """
     final, partial = run_dir / f"{PREFIX}{state.step}", run_dir / f".{PREFIX}{state.step}.partial"
@@ -142,7 +147,8 @@ def save_checkpoint(
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if broken:
         raise UserError(
-            f"Step {state.step} has left numbers in {broken[0]} that are not finite, so it is not saved; go on from an "
+            f"Step {state.step} has left numbers in {broken[0]} that are not finite, so it is not "
+            "saved; go on from an "
             f"earlier checkpoint ({kept}) with a lower --lr."
         )
     try:
@@ -161,7 +167,8 @@ def save_checkpoint(
         free = shutil.disk_usage(run_dir).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with --resume {run_dir}. "
+            f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with "
+            f"--resume {run_dir}. "
             f"Checkpoints that are there: {kept}."
         ) from error
     for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][
@@ -276,7 +283,8 @@ def load_state(checkpoint: Path, config: Config) -> TrainerState:
         ) from error
     if state.step != step_of(checkpoint) or model != config.model:
         raise UserError(
-            f"{checkpoint} belongs to another run (step {state.step} of {model}); remove it to continue this one."
+            f"{checkpoint} belongs to another run (step {state.step} of {model}); remove it to "
+            "continue this one."
         )
     return state
 

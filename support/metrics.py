@@ -1,7 +1,7 @@
 """Every metric: its name, its meaning, its chart, and the sums it is made of.
 
-A metric is added up where its number is born, as (sum, count); a step's value is sum / count. A name
-that is not explained here is refused.
+A metric is added up where its number is born, as (sum, count); a step's value is sum / count. A
+name that is not explained here is refused.
 """
 
 from collections.abc import Iterable
@@ -18,19 +18,23 @@ Metrics = dict[str, tuple[Number, Number]]  # name: (sum, count)
 
 GLOSSARY = {
     "train/loss": "The loss. With the paper's mean over sequences and one optimizer step per rollout it is near 0 (plus"
-    " kl_weight × KL) at every step, because the advantages of a group add up to 0: watch the returns, not this.",
+    " kl_weight × KL) at every step, because the advantages of a group add up to 0: watch the "
+    "returns, not this.",
     "train/kl_divergence": "How far the policy has moved from the reference, nats per token, by the objective's "
     "kl_estimator. Healthy: below 0.1. If it runs away: raise kl_weight or lower lr.",
     "train/grad_norm": "Norm of the gradient before clipping to max_norm. Single spikes are normal, a steady rise not.",
     "train/ratio_mean": "Mean of new/old probability of the trained tokens (without a KL, completions whose "
-    "advantage is 0 are not trained, nor counted in the metrics of train/). Healthy: within a few percent of 1.",
+    "advantage is 0 are not trained, nor counted in the metrics of train/). Healthy: within a few "
+    "percent of 1.",
     "train/clipped_share": "Share of tokens whose ratio was clipped and which taught nothing. Healthy: below 0.3; "
-    "above that, lower lr or epochs_per_step (not gspo and luspo, whose narrow clip takes most tokens by design). "
+    "above that, lower lr or epochs_per_step (not gspo and luspo, whose narrow clip takes most "
+    "tokens by design). "
     "Always 0 with one optimizer step per rollout.",
     "train/entropy": "Mean entropy of the trained tokens' distributions, nats. A slow fall is learning; a drop to 0 is "
     "collapse.",
     "train/sampler_gap": "Mean distance between the log-probability that a token was sampled with and the trainer's "
-    "own, nats. Healthy: rounding (1e-6 in fp32, a few hundredths in bf16). More: sampler and trainer disagree.",
+    "own, nats. Healthy: rounding (1e-6 in fp32, a few hundredths in bf16). More: sampler and "
+    "trainer disagree.",
     "train/lr": "The learning rate.",
     "train/skipped_steps": "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0.",
     "rollout/returns": "Mean reward of the sampled completions (less the KL, with kl_in_reward): the curve that should "
@@ -82,7 +86,8 @@ REWARD_MEANING = {
 }
 
 
-# The tab "Custom Scalars": three questions, each chart with the answer of a healthy run in its title.
+# The tab "Custom Scalars": three questions, each chart with the answer of a healthy run in its
+# title.
 CHARTS = {
     "Is it learning?": {
         "held-out accuracy, greedy, with its 95 % interval: rises": [
@@ -209,6 +214,7 @@ def console_line(step: int, steps: int, row: dict[str, float]) -> str:
         parts.append(
             f"held-out accuracy {row['eval/accuracy']:.3f} "
             f"({row['eval/accuracy_low']:.3f}–{row['eval/accuracy_high']:.3f}), "
-            f"flexible {row['eval/accuracy_flexible']:.3f}, {row['eval/completion_tokens']:.1f} tokens"
+            f"flexible {row['eval/accuracy_flexible']:.3f}, {row['eval/completion_tokens']:.1f} "
+            "tokens"
         )
     return " | ".join(parts)

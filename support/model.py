@@ -144,6 +144,16 @@ def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     return inputs
 
 
+def logits_at(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> Tensor:
+    """The logits (B, N, V) at N positions of rows (B, S) with padding; no others if the model can."""
+    inputs = padded_inputs(model, input_ids, attention_mask) | {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=positions).logits
+    return model(**inputs).logits[:, positions]
+
+
 def pad_rows(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, int]:
     """Pairs of prompt and completion, padded on both sides: sequences, attention_mask, num_actions.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,13 +93,17 @@ class Monitor:
                 self.add(name, total, count)
 
     @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Time a block, to the end of its work on the GPU; the blocks of a step add up."""
-        start = time.perf_counter()
-        yield
+    def time(self, name: str) -> Iterator[SimpleNamespace]:
+        """Time a block, to the end of its work on the GPU; the blocks of a step add up.
+
+        Yields what has the time as its `seconds` when the block is over.
+        """
+        timer, start = SimpleNamespace(seconds=0.0), time.perf_counter()
+        yield timer
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.add_up(name, time.perf_counter() - start)
+        timer.seconds = time.perf_counter() - start
+        self.add_up(name, timer.seconds)
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """A page of text in TensorBoard."""
@@ -196,7 +201,8 @@ def keep_before(file: Path, step: int) -> list[dict[str, float]]:
 def keep_events_before(file: Path, step: int) -> None:
     """Drop the events of a TensorBoard file from `step` on, and one that was not written to its end.
 
-    The new file's purge_step asks its readers for that; not all of them do it for steps that are not written again.
+    The new file's purge_step asks its readers for that; not all of them do it for steps that are
+    not written again.
     """
     fresh, read = file.with_name(f".{file.name}.partial"), 0
     with fresh.open("wb") as out:
@@ -209,7 +215,8 @@ def keep_events_before(file: Path, step: int) -> None:
         file.stat().st_size - read > 100_000
     ):  # more than a record that a killed process did not finish
         print(
-            f"{file}: only the first {read} bytes can be read, and are kept; metrics.jsonl has all metrics"
+            f"{file}: only the first {read} bytes can be read, and are kept; metrics.jsonl has all "
+            "metrics"
         )
     fresh.replace(file)
 

@@ -131,7 +131,7 @@ def generation_gap(model: nn.Module, prompts: Tensor, mask: Tensor) -> float:
 def check_sampler(
     sample: Callable[..., list[Any]],
     policy: Any,
-    pad: Callable[[list[tuple[list[int], list[int]]]], Any],
+    pad_batch: Callable[[list[Any]], Any],
     questions: list[Question],
     config: Config,
 ) -> None:
@@ -145,20 +145,19 @@ def check_sampler(
 
     Args:
         sample: groups of completions for questions, as rollout.rollout.
-        policy: log-probabilities of a padded batch. pad: makes one of prompts and completions.
+        policy: log-probabilities of a padded batch. pad_batch: makes one of experiences.
     Raises:
         UserError: the two disagree.
     """
     ranked = sorted(questions, key=lambda question: len(question.prompt_ids))
     sampling = Sampling(min(TOKENS, config.max_new_tokens), config.temperature)
     groups = sample([ranked[0], ranked[-1]], 2, sampling)
-    pairs = [(group.question, c) for group in groups for c in group.completions]
-    drawn = torch.cat([torch.tensor(completion.log_probs) for _, completion in pairs])
-    rows = [(question.prompt_ids, completion.ids) for question, completion in pairs]
+    experiences = [experience for group in groups for experience in group.experiences]
+    drawn = torch.cat([experience.sampler_log_probs for experience in experiences])
     gaps = []
-    for batches in ([[row] for row in rows], [rows]):
+    for batches in ([[experience] for experience in experiences], [experiences]):
         found = []
-        for batch in map(pad, batches):
+        for batch in map(pad_batch, batches):
             batch = batch.to(policy.device)
             found.append(policy(batch)[0][batch.action_mask].float().cpu())
         gaps.append((torch.cat(found) - drawn).abs().mean().item())

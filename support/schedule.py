@@ -20,18 +20,24 @@ from support import checkpoint
 from support.config import Config
 from support.errors import UserError
 from support.evaluation import evaluate
+from support.model import set_learning_rate
 from support.monitor import describe_run, log_line, progress, quiet_progress
+
+
+Steps = Iterator[tuple[int, torch.Generator]]
 
 
 @contextmanager
 def open_run(
     config: Config, resume: str | None, build: Callable[[Config, str | None], Any]
-) -> Iterator[tuple[Any, Path]]:
-    """Build a run and open its folder: (run, folder). No other process can have it meanwhile.
+) -> Iterator[tuple[Any, Steps]]:
+    """Build a run and open its folder, which no other process can have meanwhile.
 
     Args:
         resume: the folder of the run to continue, or None.
         build: makes the run, and may fail before anything is written.
+    Returns:
+        the run, and its `scheduled_steps`.
     Raises:
         UserError: the folder is in use, not empty, or cannot be written to; the run is finished.
     """
@@ -42,28 +48,30 @@ def open_run(
         raise UserError(
             f"The run is already at step {run.start_step} of {config.steps}; raise --steps to go on."
         )
-    run_dir, held = (Path(resume), held) if resume else checkpoint.new_run_dir(config)
+    run.run_dir, held = (Path(resume), held) if resume else checkpoint.new_run_dir(config)
     start = (
         f"from step {run.start_step} " if run.start_step else "from the start " if resume else ""
     )
     print(
-        f"training {start}in {run_dir} on {run.policy.device}; watch it: tensorboard --logdir "
-        f"{run_dir}"
+        f"training {start}in {run.run_dir} on {run.policy.device}; watch it: tensorboard --logdir "
+        f"{run.run_dir}"
     )
+    steps = scheduled_steps(run)
     try:
-        checkpoint.sweep(run_dir)
-        run.monitor.open(run_dir, run.start_step)
+        checkpoint.sweep(run.run_dir)
+        run.monitor.open(run.run_dir, run.start_step)
         if resume:  # new_run_dir has written that of a new run
-            config.save(run_dir / "config.yaml")
-        config_yaml = (run_dir / "config.yaml").read_text(encoding="utf-8")
+            config.save(run.run_dir / "config.yaml")
+        config_yaml = (run.run_dir / "config.yaml").read_text(encoding="utf-8")
         describe_run(run.monitor, config_yaml, config.arithmetic)
-        yield run, run_dir
+        yield run, steps
     except OSError as error:
         raise UserError(
-            f"Cannot write to {run_dir}: {error.strerror or error}. Put that right, then go on with "
-            f"--resume {run_dir}."
+            f"Cannot write to {run.run_dir}: {error.strerror or error}. Put that right, then go on "
+            f"with --resume {run.run_dir}."
         ) from error
     finally:
+        steps.close()  # gives the signals back, also after an error
         run.monitor.close()
         held.release()
 
@@ -85,11 +93,11 @@ def restore(run: Any, state: checkpoint.TrainerState | None) -> None:
         group["weight_decay"] = run.config.weight_decay
 
 
-def scheduled_steps(run: Any, run_dir: Path) -> Iterator[tuple[int, torch.Generator]]:
-    """The steps that are left, each with a generator for its random order.
+def scheduled_steps(run: Any) -> Steps:
+    """The steps that are left, each with a generator for the order of its mini-batches.
 
-    After each one: held-out accuracy and a checkpoint if they are due, and its line of the log.
-    Ends early when a signal asks for it.
+    Before each one: its seed and its learning rate. After it: held-out accuracy and a checkpoint, if
+    they are due, and its line of the log. Ends early when a signal asks for it.
 
     Raises:
         UserError: too many optimizer steps in a row had no finite gradient. A checkpoint is saved.
@@ -101,6 +109,8 @@ def scheduled_steps(run: Any, run_dir: Path) -> Iterator[tuple[int, torch.Genera
     with Interruption() as interrupted:
         for step in progress(range(first, config.steps + 1), "steps"):
             start = time.perf_counter()
+            monitor.add("train/lr", set_learning_rate(run.optimizer, config, step))
+            monitor.add("train/skipped_steps", 0)
             yield step, seed_step(config.seed, step)
             monitor.add("time/step", time.perf_counter() - start)
             last, stuck = step == config.steps, 0 < config.max_skipped_steps <= run.skipped
@@ -109,18 +119,17 @@ def scheduled_steps(run: Any, run_dir: Path) -> Iterator[tuple[int, torch.Genera
             monitor.flush(step, config.steps)
             stop = interrupted() or stuck
             if is_due(config.checkpoint_interval, step, last or stop):
-                save(run, run_dir, step)
+                save(run, step)
             if stop:
                 break
     if stuck:
         raise UserError(
             f"{run.skipped} optimizer steps in a row had no finite loss and gradient (up to step "
             f"{step}); the weights are those from before them. Look for extreme rewards and "
-            f"log-probabilities; go on with --resume {run_dir} and a lower --lr, or with "
-            "--precision "
-            "fp32 where it is bf16."
+            f"log-probabilities; go on with --resume {run.run_dir} and a lower --lr, or with "
+            "--precision fp32 where it is bf16."
         )
-    say_goodbye(run_dir, step)
+    say_goodbye(run.run_dir, step)
 
 
 def is_due(interval: int, step: int, last: bool) -> bool:
@@ -142,7 +151,7 @@ def evaluate_run(run: Any) -> None:
         run.monitor.add_all(evaluate(run.sample, run.held_out, run.config, show))
 
 
-def save(run: Any, run_dir: Path, step: int) -> None:
+def save(run: Any, step: int) -> None:
     """A checkpoint of a finished step."""
     state = checkpoint.TrainerState(
         step,
@@ -151,11 +160,11 @@ def save(run: Any, run_dir: Path, step: int) -> None:
         run.loss.state_dict(),
         run.skipped,
     )
-    checkpoint.save_checkpoint(run_dir, state, run.policy.model, run.tokenizer, run.config)
+    checkpoint.save_checkpoint(run.run_dir, state, run.policy.model, run.tokenizer, run.config)
 
 
 @contextmanager
-def save_finished_steps(run: Any, run_dir: Path, step: int) -> Iterator[None]:
+def save_finished_steps(run: Any, step: int) -> Iterator[None]:
     """Around what may fail before any weight is changed (a user's reward): lose no finished step.
 
     Args:
@@ -166,13 +175,15 @@ def save_finished_steps(run: Any, run_dir: Path, step: int) -> Iterator[None]:
         yield
     except UserError as error:
         run.questions.position = position
-        saved = map(checkpoint.step_of, checkpoint.checkpoints(run_dir))
+        saved = map(checkpoint.step_of, checkpoint.checkpoints(run.run_dir))
         if step and step not in saved and is_due(run.config.checkpoint_interval, step, last=True):
             with suppress(UserError):  # the first error is the one to report
-                save(run, run_dir, step)
-        if not checkpoint.checkpoints(run_dir):
+                save(run, step)
+        if not checkpoint.checkpoints(run.run_dir):
             raise
-        raise UserError(f"{error} Put that right, then go on with --resume {run_dir}.") from error
+        raise UserError(
+            f"{error} Put that right, then go on with --resume {run.run_dir}."
+        ) from error
 
 
 class Interruption:

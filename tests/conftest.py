@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# One thread for each process of the tests: threads that wait for each other spin, and on a machine
+# with other work that takes ten times as long. Before torch is imported; for child processes too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import load_tokenizer
+from support.model import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

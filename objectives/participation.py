@@ -1,6 +1,6 @@
-"""What some of the methods do to a rollout before the update: which completions and tokens take part.
+"""Which groups, completions and tokens take part in the update, and what a KL in the reward takes off.
 
-Dynamic sampling and truncated completions (DAPO), a KL in the reward, tokens of high entropy.
+Dynamic sampling and truncated completions (DAPO), a KL in the reward (RLOO), tokens of high entropy.
 """
 
 from collections.abc import Callable
@@ -74,20 +74,20 @@ def trained_completions(groups: list[Group], mask_truncated: bool) -> list[int]:
     return [i for i, yes in enumerate(scored) if yes and not (mask_truncated and truncated[i])]
 
 
-def adjust(
+def apply(
+    objective: Objective,
+    optimizer_steps: int,
+    monitor: Monitor,
     returns: Tensor,
     experiences: list[Experience],
     trained: list[int],
-    objective: Objective,
-    on_policy: bool,
-    monitor: Monitor,
 ) -> tuple[Tensor, list[Experience]]:
-    """Returns less a KL, and the trained experiences with the tokens that are trained.
+    """A KL in the reward, and a choice of tokens: the returns, and the trained experiences.
 
     Args:
+        optimizer_steps: for each rollout.
         returns: float32 (Q, G).
-        experiences: with a KL in the reward those of all completions, else those that are `trained`.
-        on_policy: whether the policy that is trained is the one that sampled.
+        experiences: those of all completions with a KL in the reward, else those that are trained.
     """
     if objective.subtracts_kl:
         kl = [
@@ -101,7 +101,7 @@ def adjust(
         experiences = [experiences[i] for i in trained]
     if objective.top_entropy < 1:
         experiences = mask_low_entropy(experiences, objective.top_entropy)
-    if on_policy:  # the ratio is 1, and not 1 up to rounding
+    if optimizer_steps == 1:  # the ratio is 1, and not 1 up to rounding
         experiences = [replace(e, action_log_probs=None) for e in experiences]
     return returns, experiences
 

@@ -1,0 +1,65 @@
+"""Single steps of the real training loop, for the tests: with groups of their own, or stopped before the update."""
+
+import pytest
+import torch
+
+import train
+from replay_buffer import ReplayBuffer
+from support.command_line import parse_config
+from support.model import set_learning_rate
+from support.schedule import seed_step
+
+
+def build(tmp_path, dataset, *flags):
+    """A trainer of the bundled task with a small rollout, its log open in `tmp_path`."""
+    config, others = parse_config([
+        "--preset=tiny", "--device=cpu", "--rollouts_per_step=3", "--group_size=8", "--train_batch_size=24",
+        "--micro_batch_size=24", "--max_new_tokens=48", "--eval_interval=0", f"--dataset={dataset}",
+        f"--run_dir={tmp_path}/run", *flags,
+    ])  # fmt: skip
+    trainer = train.build(config, others["resume"])
+    tmp_path.mkdir(exist_ok=True)
+    trainer.monitor.open(tmp_path)
+    return trainer
+
+
+def sample(trainer, count=None, step=1):
+    """Scored groups, with the random numbers of a step."""
+    seed_step(trainer.config.seed, step)
+    return train.sample_and_score(trainer, count or trainer.config.rollouts_per_step)
+
+
+def one_step(trainer, groups=None, update=None, step=1):
+    """One turn of the loop in `train.train`; with these groups, or another update. Returns its buffer."""
+    buffers = []
+
+    class Kept(ReplayBuffer):
+        def __init__(self):
+            super().__init__()
+            buffers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ReplayBuffer", Kept)
+        if groups is not None:
+            patch.setattr(train, "sample_and_score", lambda trainer, count: groups)
+        if update is not None:
+            patch.setattr(train, "update", update)
+        set_learning_rate(trainer.optimizer, trainer.config, step)
+        trainer.monitor.add("train/skipped_steps", 0)
+        train.train(trainer, iter([(step, seed_step(trainer.config.seed, step))]))
+    return buffers[0]
+
+
+def fill(trainer, groups=None):
+    """The replay buffer as the update would find it."""
+    return one_step(trainer, groups, update=lambda *arguments: None)
+
+
+def learn(trainer, buffer, step=1, generator=None):
+    """The updates of one step."""
+    config = trainer.config
+    set_learning_rate(trainer.optimizer, config, step)
+    trainer.monitor.add("train/skipped_steps", 0)
+    generator = generator or torch.Generator().manual_seed(0)
+    for mini_batch in buffer.mini_batches(config.train_batch_size, config.epochs_per_step, generator):
+        train.update(trainer, mini_batch)
