@@ -1,11 +1,12 @@
 """How much stands between the command line and the gradient? Files, lines, functions, frames.
 
-    python benchmarks/house.py                         of this checkout
-    python benchmarks/house.py --root ../before --core train rollout reward loss log_probs replay_buffer answers
+    python benchmarks/house.py                        of this checkout
+    python benchmarks/house.py --root ../before       of another one; --core: its files
 
-Counted are the files of the algorithm (`--core`) and, beside them, all Python files of the project but
-tests and benchmarks. "Until the first gradient": one plain GRPO step on the bundled task, traced up to
-its first call of `backward`; functions without a name (lambdas, comprehensions) are not counted.
+Counted are the files of the algorithm (`--core`) and, beside them, all Python files of the project
+but tests, benchmarks and docs. "Until the first gradient": one plain GRPO step on the bundled task,
+traced up to its first call of `backward`. Functions without a name (lambdas, comprehensions) are
+not counted.
 """
 
 import argparse
@@ -66,7 +67,9 @@ def code_lines(source: str) -> int:
     """Lines with code: no blank lines, comments or docstrings."""
     documented: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     lines: set[int] = set()
@@ -113,9 +116,7 @@ def main() -> None:
     root = given.root.resolve()
     core = [root / f"{name}.py" for name in given.core]
     everything = [
-        file
-        for file in sorted(root.rglob("*.py"))
-        if file.relative_to(root).parts[0] not in APART
+        file for file in sorted(root.rglob("*.py")) if file.relative_to(root).parts[0] not in APART
     ]
     functions, lines, frames = trace_first_step(root)
     columns = []

@@ -3,14 +3,13 @@
     git worktree add ../before 1aaccb7
     python benchmarks/same_numbers.py --against ../before
 
-Short runs with the same seeds in both checkouts, one thread each: every objective, and every option that
-changes the numbers. Compared are metrics.jsonl (without times), and the model and the trainer's state in
-the last checkpoint. For a refactoring: it must not change a bit. Prints a table, and exits with 1 if any
-run differs.
+Short runs with the same seeds in both checkouts, one thread each: every objective, and every option
+that changes the numbers. Compared are metrics.jsonl (without times), and the model and the
+trainer's state in the last checkpoint. For a refactoring: it must not change a bit. Prints a table,
+and exits with 1 if any run differs.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -23,15 +22,24 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent.parent
-SMALL = (
-    "--preset=tiny --device=cpu --steps=3 --rollouts_per_step=5 --group_size=4 --train_batch_size=10 "
-    "--micro_batch_size=4 --max_new_tokens=24 --eval_interval=3 --eval_questions=20 "
-    "--checkpoint_interval=3 --lr=1e-4"
-).split()
-OBJECTIVES = (
-    "grpo bnpo dr_grpo dapo lite_ppo gspo gspo_token luspo gmpo cispo sapo dppo rloo reinforce "
-    "reinforce_plus_plus_baseline gdpo pass_at_k"
-).split()
+sys.path.insert(0, str(HERE))
+
+from objectives.table import OBJECTIVES  # noqa: E402
+
+SMALL = [
+    "--preset=tiny",
+    "--device=cpu",
+    "--steps=3",
+    "--rollouts_per_step=5",
+    "--group_size=4",
+    "--train_batch_size=10",
+    "--micro_batch_size=4",
+    "--max_new_tokens=24",
+    "--eval_interval=3",
+    "--eval_questions=20",
+    "--checkpoint_interval=3",
+    "--lr=1e-4",
+]
 REWARDS = """
 def some(prompts, completions, **columns):
     return [None if i % 5 == 0 else len(c) / 40 for i, c in enumerate(completions)]
@@ -53,7 +61,8 @@ RUNS = {name: f"--objective={name}" for name in OBJECTIVES} | {
     "top entropy": "--top_entropy=0.3",
     "top entropy, one step for a rollout": "--top_entropy=0.3 --train_batch_size=20",
     "sampler correction": "--sampler_correction=token_truncate --sampler_cap=1.01 --top_p=0.9",
-    "sampler correction of sequences": "--objective=gspo --sampler_correction=sequence_mask --top_p=0.9",
+    "sampler correction of sequences": "--objective=gspo --sampler_correction=sequence_mask "
+    "--top_p=0.9",
     "truncated completions": "--mask_truncated --max_new_tokens=8 --epochs_per_step=2",
     "several rewards": "--reward accuracy format length_penalty --reward_weights 1 0.2 0.3",
     "several rewards, gdpo": "--objective=gdpo --reward accuracy soft_overlong repetition "
@@ -73,6 +82,8 @@ RUNS = {name: f"--objective={name}" for name in OBJECTIVES} | {
     "the same, exact KL": "--model=BLOOM --kl_weight=0.3 --kl_estimator=full --entropy_weight=0.01",
     "small batches of the rollout": "--rollout_batch_size=7 --micro_batch_size=1",
 }
+# Two steps there, then on in both.
+RESUMED = "--objective=grpo --epochs_per_step=2 --steps=2 --checkpoint_interval=2"
 # Run in a checkout: the runs of its standard input, one after the other.
 DRIVER = """
 import contextlib, io, json, sys
@@ -132,21 +143,18 @@ def metrics(run: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl, without what depends on the clock or the machine."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = map(json.loads, lines)
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows
-    ]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-def flat(value: object) -> list[object]:
-    """The tensors (as bytes) and numbers of a nested state, in order."""
-    if isinstance(value, torch.Tensor):
-        data = value.detach().contiguous().view(torch.uint8) if value.dim() else value
-        return [hashlib.sha256(bytes(data.flatten().tolist())).hexdigest() if value.dim() else float(value)]
-    if isinstance(value, dict):
-        return [part for key in value for part in [key, *flat(value[key])]]
-    if isinstance(value, list | tuple):
-        return [part for item in value for part in flat(item)]
-    return [value]
+def equal(ours: object, theirs: object) -> bool:
+    """Whether two nested states have the same keys, numbers and tensors."""
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(equal(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return ours == theirs
 
 
 def differences(ours: Path, theirs: Path) -> tuple[int, str]:
@@ -166,42 +174,42 @@ def differences(ours: Path, theirs: Path) -> tuple[int, str]:
     weights = {(p / "model.safetensors").read_bytes() for p in last}
     if len(weights) > 1:
         return compared, "weights"
-    states = [flat(torch.load(p / "trainer_state.pt", weights_only=True)) for p in last]
-    return compared, "" if states[0] == states[1] else "trainer state"
+    states = [torch.load(p / "trainer_state.pt", weights_only=True) for p in last]
+    return compared, "" if equal(*states) else "trainer state"
+
+
+def run_both(checkouts: dict[str, Path], names: list[str], work: Path) -> None:
+    """Run everything in both checkouts, into WORK/SIDE-NUMBER; prints what went wrong."""
+    lists: dict[str, list] = {side: [] for side in checkouts}
+    resumed = len(names)
+    for number, text in enumerate([*(RUNS[name] for name in names), RESUMED]):
+        text = text.replace("BLOOM", str(work / "bloom"))
+        flags = [*SMALL, *text.replace("REWARD", str(work / "mine.py")).split()]
+        for side in checkouts if number != resumed else ["theirs"]:
+            lists[side].append((str(number), [*flags, f"--run_dir={work}/{side}-{number}"]))
+    with ThreadPoolExecutor() as pool:
+        said = pool.map(lambda side: drive(checkouts[side], lists[side]), checkouts)
+    print("".join(said), end="")
+    shutil.copytree(work / f"theirs-{resumed}", work / f"ours-{resumed}")
+    for side, checkout in checkouts.items():
+        flags = [f"--resume={work}/{side}-{resumed}", "--steps=4"]
+        print(drive(checkout, [("resumed", flags)]), end="")
 
 
 def main() -> int:
     """Run everything in both checkouts and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", required=True, type=Path, help="the other checkout")
-    parser.add_argument("--only", nargs="+", help="names of runs")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN")
     given = parser.parse_args()
-    there = given.against.resolve()
-    chosen = given.only or [*RUNS, "resumed from the other's checkpoint"]
+    names, found = given.only, []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_bloom(work / "bloom")
         (work / "mine.py").write_text(REWARDS, encoding="utf-8")
-        checkouts = {"ours": HERE, "theirs": there}
-        lists = {side: [] for side in checkouts}
-        for number, name in enumerate(chosen):
-            text = RUNS.get(name, "--objective=grpo --epochs_per_step=2 --steps=2 --checkpoint_interval=2")
-            text = text.replace("BLOOM", str(work / "bloom")).replace("REWARD", str(work / "mine.py"))
-            for side in checkouts if name in RUNS else ["theirs"]:
-                run_dir = f"--run_dir={work}/{side}-{number}"
-                lists[side].append((name, [*SMALL, *text.split(), run_dir]))
-        with ThreadPoolExecutor() as pool:
-            said = pool.map(lambda side: drive(checkouts[side], lists[side]), checkouts)
-        resumed = [n for n, name in enumerate(chosen) if name not in RUNS]
-        for number in resumed:
-            shutil.copytree(work / f"theirs-{number}", work / f"ours-{number}")
-            for side, checkout in checkouts.items():
-                flags = [f"--resume={work}/{side}-{number}", "--steps=4"]
-                print(drive(checkout, [(chosen[number], flags)]), end="")
-        print("".join(said), end="")
+        run_both({"ours": HERE, "theirs": given.against.resolve()}, names, work)
         print("| run | metrics compared | differs |\n|---|---|---|")
-        found = []
-        for number, name in enumerate(chosen):
+        for number, name in enumerate([*names, "resumed from the other's checkpoint"]):
             count, what = differences(work / f"ours-{number}", work / f"theirs-{number}")
             found.append(what)
             print(f"| {name} | {count} | {what or 'nothing'} |")

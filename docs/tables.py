@@ -1,9 +1,9 @@
-"""Write the tables of the README and of the pages beside this file again, from the code they describe.
+"""Write the tables of the README and of the pages beside this file again, from the code.
 
     python docs/tables.py
 
-Between `<!-- name -->` and `<!-- /name -->` stands what this file makes; tests/test_house.py fails when
-it is stale.
+Between `<!-- name -->` and `<!-- /name -->` stands what this file makes; tests/test_house.py fails
+when it is stale.
 """
 
 import ast
@@ -22,23 +22,12 @@ from support.alarms import ALARMS  # noqa: E402
 from support.config import PRESETS, SYSTEM_PROMPT, Config  # noqa: E402
 from support.foreign_options import OWNERS  # noqa: E402
 
-PAGES = ("README.md", *(f"docs/{page}.md" for page in ("names", "objectives", "options", "reliability")))
+PAGES = (
+    "README.md",
+    *(f"docs/{page}.md" for page in ("names", "objectives", "options", "reliability")),
+)
 ALGORITHM = ("train", "rollout", "reward", "loss", "replay_buffer")
 COMMANDS = ("run", "evaluate", "sft")
-FIRST_OPTIONS = (
-    "preset",
-    "steps",
-    "model",
-    "dataset",
-    "rollouts_per_step",
-    "group_size",
-    "max_new_tokens",
-    "reward",
-    "objective",
-    "kl_weight",
-    "train_batch_size",
-    "lr",
-)
 PAPERS = {
     "grpo": ("Group Relative Policy Optimization", "2402.03300"),
     "bnpo": ("TRL's name for GRPO's terms under a token mean", ""),
@@ -99,13 +88,11 @@ def meaning(name: str, text: str) -> str:
     return f"{text}: {', '.join(names[name])}" if name in names else text
 
 
-def options(chosen: tuple[str, ...] = ()) -> str:
-    """Each option (of the chosen): its meaning, its default, its value in the preset tiny."""
+def options() -> str:
+    """Each option: its meaning, its default, its value in the preset tiny."""
     rows, defaults, tiny = [], Config(), PRESETS["tiny"]
     for field in fields(Config):
         name = field.name
-        if chosen and name not in chosen:
-            continue
         other = shown(tiny[name]) if name in tiny else ""
         default = "auto" if name == "micro_batch_size" else shown(getattr(defaults, name))
         text = meaning(name, field.metadata["help"])
@@ -134,9 +121,7 @@ def alarms() -> str:
 
 def foreign_options(owner: str) -> str:
     """The options of another trainer beside ours."""
-    rows = [
-        f"| `{name}` | `{ours}` | {note} |" for name, (ours, note) in OWNERS[owner].items()
-    ]
+    rows = [f"| `{name}` | `{ours}` | {note} |" for name, (ours, note) in OWNERS[owner].items()]
     return table(f"{owner} | here | what differs", rows)
 
 
@@ -153,7 +138,6 @@ TABLES = {
     "objectives": lambda: folder("objectives"),
     "support": lambda: folder("support"),
     "options": options,
-    "first options": lambda: options(FIRST_OPTIONS),
     "methods": methods,
     "alarms": alarms,
     "options of the tutorial": lambda: foreign_options("the tutorial"),

@@ -35,7 +35,10 @@ def name(file):
 def tracked():
     """The names at the top that git knows, or would add."""
     found = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if found.returncode:
         pytest.skip("not a git checkout")
@@ -82,7 +85,9 @@ def test_the_algorithm_looks_one_way(file):
 
 
 def test_the_table_of_methods_needs_no_torch():
-    assert not [m for m in imported(ROOT / "objectives/table.py") if m.split(".")[0] in {"torch", "loss"}]
+    assert not [
+        m for m in imported(ROOT / "objectives/table.py") if m.split(".")[0] in {"torch", "loss"}
+    ]
 
 
 @pytest.mark.parametrize("file", CODE, ids=name)
@@ -100,7 +105,11 @@ def test_functions_are_short_and_explained(file):
 
 @pytest.mark.parametrize("file", [*CODE, *OTHERS], ids=name)
 def test_lines_have_at_most_100_columns(file):
-    long = [i for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 100]
+    long = [
+        i
+        for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 100
+    ]
     assert not long, f"{name(file)}: {long}"
 
 
@@ -121,7 +130,9 @@ def test_every_option_is_read():
             read = rf"\b(o|objective|self)\.({field.name}|{ALIASES.get(field.name)})\b"
             assert re.search(read, source), f"no equation reads --{field.name}"
         else:
-            assert re.search(rf"(config|self)\.{field.name}\b", source), f"nothing reads --{field.name}"
+            assert re.search(rf"(config|self)\.{field.name}\b", source), (
+                f"nothing reads --{field.name}"
+            )
     assert {field.name for field in dataclasses.fields(Objective)} == OBJECTIVE_COLUMNS
 
 
@@ -143,7 +154,11 @@ def test_every_file_is_in_the_readme():
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]), ids=name)
+@pytest.mark.parametrize(
+    "page",
+    sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]),
+    ids=name,
+)
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
@@ -165,5 +180,11 @@ def test_anchors_name_something(page):
 
 def assigned(node):
     """The names that a statement gives a value."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
     return {target.id for target in targets if isinstance(target, ast.Name)}
