@@ -1,6 +1,7 @@
-"""evaluate.py, and the commands beside training: evaluate, run, sft."""
+"""support/evaluation.py, and the commands beside training: evaluate, run, sft."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -9,20 +10,21 @@ from conftest import metrics
 import evaluate
 import run
 import sft
-from checkpoint import find_model
-from model import load_model, load_tokenizer
+from rollout import rollout
+from support import evaluation
+from support.checkpoint import find_model
+from support.command_line import parse_config
+from support.model import load_model, load_tokenizer
 
 
 def test_wilson_interval():
     """Against published values: Brown, Cai & DasGupta (2001) and the usual textbook case."""
-    assert evaluate.wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
-    low, high = evaluate.wilson_interval(0, 20)
+    assert evaluation.wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    low, high = evaluation.wilson_interval(0, 20)
     assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.161, abs=1e-3)
 
 
 def test_evaluation_leaves_the_random_numbers_alone(model, tokenizer):
-    from config import parse_config
-
     config, _ = parse_config(
         [
             "--preset=tiny",
@@ -32,19 +34,21 @@ def test_evaluation_leaves_the_random_numbers_alone(model, tokenizer):
             "--max_new_tokens=4",
         ]
     )
-    questions = evaluate.held_out_questions(config, tokenizer)
+    questions = evaluation.held_out_questions(config, tokenizer)
     assert len(questions) == 5
+    sample = partial(rollout, model, tokenizer)
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    found = evaluate.evaluate(model, tokenizer, questions, config)
+    found = evaluation.evaluate(sample, questions, config)
     assert torch.rand(1) == expected
     assert found["eval/sampled_accuracy"][1] == 15 and found["eval/pass_at_k"][1] == 5
-    assert found == evaluate.evaluate(model, tokenizer, questions, config)
+    assert found == evaluation.evaluate(sample, questions, config)
 
 
-def test_commands_on_a_run(tiny_run, capsys):
+def test_commands_on_a_run(tiny_run, capsys, monkeypatch):
     """The figures of `evaluate.py --model RUN` are those that the run logged, with no other flag."""
+    monkeypatch.setenv("COLUMNS", "400")  # room for the folder's name in one line of run.py's table
     folder = tiny_run("a")
     assert find_model(str(folder)) == str(folder / "checkpoint-4")
     capsys.readouterr()
@@ -118,7 +122,7 @@ def test_sft_teaches_the_datasets_own_solutions(tmp_path, capsys):
     assert (batch.sequences[0] == tokenizer.eos_token_id).any(), "it learns to stop"
     losses = []
     for name in ("tiny/model", str(folder / "model")):
-        log_probs, *_ = sft.Policy(load_model(name, "fp32"), 1.0)(batch)
+        log_probs, *_ = sft.Policy(load_model(name, "fp32"), sft.sequences_log_probs)(batch)
         losses.append(-float(log_probs.detach()[batch.action_mask].mean()))
     assert losses[1] < 0.8 * losses[0], losses
 

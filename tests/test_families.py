@@ -33,11 +33,13 @@ def small(name):
 
 
 @pytest.mark.parametrize("name", PEOPLE_USE)
-def test_the_whole_job(name, tmp_path):
+def test_the_whole_job(name, tmp_path, capsys):
     """Two steps, and a resume bit for bit; what was sampled and what is trained, against the plain forward pass."""
     make_folder(small(name), tmp_path)
     way, gap = whole_job(tmp_path, bf16=False)
     assert way == PEOPLE_USE[name] and gap < CLOSE
+    said = capsys.readouterr().out
+    assert ("slower, the numbers are the same" in said) == (way == "plain"), "and train.py says so"
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mamba"])

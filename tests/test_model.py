@@ -1,4 +1,4 @@
-"""model.py and log_probs.py: log-probabilities against the plain forward pass; what is loaded and what is not."""
+"""Models and what is asked of them: log-probabilities against the plain forward pass; what is loaded and what is not."""
 
 import pytest
 import torch
@@ -12,20 +12,24 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-import log_probs as log_probs_module
-from config import Config
-from errors import UserError
-from log_probs import Policy, sequences_log_probs
-from model import build_accelerator, decoding_copy, load_model, load_tokenizer
-from preflight import check_model
+from loss import sequences_log_probs
+from objectives import equations
 from replay_buffer import Experience, pad_batch
+from support import pieces
+from support.config import Config
+from support.errors import UserError
+from support.model import bf16_copy, build_accelerator, load_model, load_tokenizer
+from support.policy import Policy
+from support.preflight import check_model
+
+PLAIN = {"loss": sequences_log_probs, "equations": equations.sequences_log_probs}
 
 # 2 is the end token, 0 is what pad_batch pads with: both are real tokens too.
 ROWS = [([5, 2, 9], [11, 0, 2]), ([6], [13]), ([2, 0, 7, 8, 30], [14, 15, 16, 17])]
 
 
 def batch():
-    return pad_batch([Experience.of(p, c, 0.0, 0.0) for p, c in ROWS])
+    return pad_batch([Experience.of(*row) for row in ROWS])
 
 
 def plain_log_probs(network, prompt, completion, temperature):
@@ -37,13 +41,14 @@ def plain_log_probs(network, prompt, completion, temperature):
     )
 
 
+@pytest.mark.parametrize("function", PLAIN.values(), ids=PLAIN)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("piece", [2**24, 200])
-def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch):
-    """Faults 2, 9 and 11: padded, scaled by the temperature, in pieces; as if each row were alone and plain."""
-    monkeypatch.setitem(log_probs_module.LOGITS_AT_A_TIME, "cpu", piece)
+def test_equal_to_the_plain_forward_pass(model, temperature, piece, function, monkeypatch):
+    """Padded, scaled by the temperature, in pieces; as if each row were alone and plain."""
+    monkeypatch.setitem(pieces.LOGITS_AT_A_TIME, "cpu", piece)
     e = batch()
-    log_probs, entropies, _ = sequences_log_probs(
+    log_probs, entropies = function(
         model, e.sequences, e.attention_mask, e.num_actions, temperature
     )
     assert (
@@ -63,12 +68,13 @@ def test_equal_to_the_plain_forward_pass(model, temperature, piece, monkeypatch)
     )
 
 
-def test_the_gradient_is_that_of_the_plain_forward_pass(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(log_probs_module.LOGITS_AT_A_TIME, "cpu", 200)
+@pytest.mark.parametrize("function", PLAIN.values(), ids=PLAIN)
+def test_the_gradient_is_that_of_the_plain_forward_pass(model, function, tmp_path, monkeypatch):
+    monkeypatch.setitem(pieces.LOGITS_AT_A_TIME, "cpu", 200)
     e = batch()
     model.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "fp32", gradient_checkpointing=True).train()
-    log_probs, *_ = Policy(model, 0.8)(e)
+    log_probs, *_ = Policy(model, function, 0.8)(e)
     log_probs[e.action_mask].sum().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -79,11 +85,11 @@ def test_the_gradient_is_that_of_the_plain_forward_pass(model, tmp_path, monkeyp
 
 
 def test_only_completion_logits_are_computed(model):
-    """Fault 11: the prompt's logits, and a full fp32 copy, were the largest tensors of the whole run."""
+    """The prompt's logits would be the largest tensors of the whole run, and nothing reads them."""
     seen = []
     model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
     e = batch()
-    Policy(model, 1.0)(e)
+    Policy(model, sequences_log_probs)(e)
     assert seen == [e.num_actions]
 
 
@@ -113,13 +119,13 @@ def test_a_head_without_logits_to_keep_gives_the_same(model):
     ids=["gpt2", "biogpt"],
 )
 def test_dropout_is_off_in_training(tmp_path, network):
-    """Fault 16: with dropout the ratio is noise before any update. Both defaults are 0.1, under different names."""
+    """With dropout the ratio is noise before any update. Both defaults are 0.1, under different names."""
     network.save_pretrained(tmp_path / "model")
     network = load_model(str(tmp_path / "model"), "fp32")
     e = batch()
-    quiet, *_ = Policy(network, 1.0)(e)
+    quiet, *_ = Policy(network, sequences_log_probs)(e)
     network.train()
-    loud, *_ = Policy(network, 1.0)(e)
+    loud, *_ = Policy(network, sequences_log_probs)(e)
     torch.testing.assert_close(loud[e.action_mask], quiet[e.action_mask])
 
 
@@ -149,14 +155,15 @@ def test_bad_models_are_one_sentence(tmp_path, model):
     model.resize_token_embeddings(10)
     small = Config(max_prompt_tokens=8, max_new_tokens=8)
     with pytest.raises(UserError, match="no match"):
-        check_model(model, load_tokenizer("tiny/model"), small)
+        check_model(model, load_tokenizer("tiny/model"), small, sequences_log_probs)
 
 
 def test_models_that_cannot_do_the_job_are_refused(model, tokenizer):
     small = Config(max_prompt_tokens=128, max_new_tokens=128)
-    check_model(model, tokenizer, small)
+    check_model(model, tokenizer, small, sequences_log_probs)
+    too_long = Config(max_prompt_tokens=128, max_new_tokens=129)
     with pytest.raises(UserError, match="reads 256 tokens at the most"):
-        check_model(model, tokenizer, Config(max_prompt_tokens=128, max_new_tokens=129))
+        check_model(model, tokenizer, too_long, sequences_log_probs)
     network = RwkvForCausalLM(
         RwkvConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)
     ).eval()
@@ -164,7 +171,7 @@ def test_models_that_cannot_do_the_job_are_refused(model, tokenizer):
         for p in network.parameters():
             p += 0.5 * torch.randn_like(p)
     with pytest.raises(UserError, match="does not leave padding out"):
-        check_model(network, tokenizer, small)
+        check_model(network, tokenizer, small, sequences_log_probs)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,7 @@ def test_precision(precision, weights, arithmetic):
     """Weights, logits and the log-probabilities that leave the policy; and a gradient that reaches the weights."""
     accelerator = build_accelerator(Config(device="cpu", precision=precision))
     network = load_model("tiny/model", precision)
-    policy = accelerator.prepare(Policy(network, 1.0))
+    policy = accelerator.prepare_model(Policy(network, sequences_log_probs))
     seen = []
     network.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
     log_probs, *_ = policy(batch())
@@ -199,10 +206,42 @@ def test_a_preset_for_a_gpu_says_what_runs_without_one():
 
 def test_a_model_that_bf16_breaks_is_sampled_from_in_fp32(model, capsys):
     """XGLM adds a position table in fp32 to what its embeddings say."""
-    assert decoding_copy(model, "it") is not None and not capsys.readouterr().out
+    assert bf16_copy(model, "it") is not None and not capsys.readouterr().out
     model.model.embed_tokens.register_forward_hook(lambda *args: args[2].float())
-    assert decoding_copy(model, "it") is None
+    assert bf16_copy(model, "it") is None
     assert "cannot be sampled from in bf16" in capsys.readouterr().out
+
+
+def test_the_bf16_copy_is_no_part_of_the_policy(model):
+    """It is not trained or saved, stays in eval mode, and has the policy's weights of the moment, rounded."""
+    policy = Policy(model, sequences_log_probs)
+    parts = [list(policy.state_dict()), len([*policy.parameters()]), len([*policy.modules()])]
+    assert policy.sampler() is model, "without a copy the model samples itself"
+    policy.copy_in_bf16("it")
+    copy = policy.bf16_copy
+    assert [
+        list(policy.state_dict()),
+        len([*policy.parameters()]),
+        len([*policy.modules()]),
+    ] == parts
+    assert all(copy is not module for module in policy.modules())
+    assert {p.data_ptr() for p in copy.parameters()}.isdisjoint(
+        p.data_ptr() for p in policy.parameters()
+    )
+    assert not any(p.requires_grad for p in copy.parameters())
+
+    policy.train()
+    assert model.training and not any(module.training for module in copy.modules())
+    policy.eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    assert policy.sampler() is copy
+    for p, own in zip(model.parameters(), copy.parameters(), strict=True):
+        assert own.dtype == torch.bfloat16 and torch.equal(own, p.to(torch.bfloat16))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    policy.copy_in_bf16(None)
+    assert policy.sampler() is model
 
 
 def test_weights_do_not_stay_in_the_files_memory_map(tmp_path, tokenizer):

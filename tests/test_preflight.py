@@ -1,19 +1,25 @@
 """preflight.py: a sampler that is not the trainer is noticed before anything is written."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import ROOT
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import rollout
 import train
-from config import Config
-from data import load_questions, with_prompts
-from errors import UserError
-from log_probs import Policy
-from model import load_model
-from preflight import check_sampler
+from loss import sequences_log_probs
+from replay_buffer import pad_batch
+from rollout import rollout
+from support import generation
+from support.command_line import parse_config
+from support.config import Config
+from support.data import load_questions, with_prompts
+from support.errors import UserError
+from support.model import load_model
+from support.policy import Policy
+from support.preflight import check_sampler
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +29,13 @@ def questions(tokenizer):
     )[0]
 
 
-def check(sampler, trainer, tokenizer, questions, temperature=1.0, **settings):
+def check(sampler, policy, tokenizer, questions, temperature=1.0, precision="fp32", **settings):
+    """`check_sampler` of a model to sample from, and of a model or a policy that is trained."""
     torch.manual_seed(0)
-    config = Config(
-        preset="tiny",
-        precision=settings.pop("precision", "fp32"),
-        temperature=temperature,
-        **settings,
-    )
-    check_sampler(sampler, Policy(trainer, temperature), tokenizer, questions, config)
+    config = Config(preset="tiny", precision=precision, temperature=temperature, **settings)
+    if not isinstance(policy, Policy):
+        policy = Policy(policy, sequences_log_probs, temperature)
+    check_sampler(partial(rollout, sampler, tokenizer), policy, pad_batch, questions, config)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
@@ -79,14 +83,14 @@ def test_a_sampler_that_differs_is_refused(tokenizer, questions, spoil):
 def test_padding_that_is_read_is_refused(tokenizer, questions, monkeypatch):
     """The sampler's mask forgotten: the shorter prompt is read with its padding."""
     model = load_model("tiny/model", "fp32")
-    real = rollout.pad_left
+    real = generation.pad_left
 
     def forgotten(prompts, pad, device):
         ids, mask = real(prompts, pad, device)
         assert not mask.all(), "there must be padding, or nothing is tried"
         return ids, torch.ones_like(mask)
 
-    monkeypatch.setattr(rollout, "pad_left", forgotten)
+    monkeypatch.setattr(generation, "pad_left", forgotten)
     with pytest.raises(UserError, match="sampled from otherwise"):
         check(model, model, tokenizer, questions)
 
@@ -94,9 +98,9 @@ def test_padding_that_is_read_is_refused(tokenizer, questions, monkeypatch):
 def test_another_prompt_is_refused(tokenizer, questions, monkeypatch):
     """A template of the sampler's own: a token more in front of each prompt."""
     model = load_model("tiny/model", "fp32")
-    real = rollout.pad_left
+    real = generation.pad_left
     monkeypatch.setattr(
-        rollout,
+        generation,
         "pad_left",
         lambda prompts, pad, device: real([[5, *p] for p in prompts], pad, device),
     )
@@ -121,9 +125,9 @@ def test_weights_that_are_not_finite_are_said(tokenizer, questions):
 
 
 def test_a_run_that_is_refused_writes_nothing(tmp_path, monkeypatch, capsys):
-    real = rollout.pad_left
+    real = generation.pad_left
     monkeypatch.setattr(
-        rollout,
+        generation,
         "pad_left",
         lambda prompts, pad, device: real([[5, *p] for p in prompts], pad, device),
     )
@@ -154,15 +158,15 @@ def test_a_broken_model_file_is_said_at_the_start(tmp_path, tokenizer, capsys):
     )
 
 
-class Wrong(nn.Module):
-    """A trainer whose log-probabilities are off by `error(batch)`."""
+class Wrong(Policy):
+    """A policy whose log-probabilities are off by `error(batch, log_probs)`."""
 
-    def __init__(self, model, error):
-        super().__init__()
-        self.policy, self.error = Policy(model, 1.0), error
+    def __init__(self, model, error, temperature=1.0):
+        super().__init__(model, sequences_log_probs, temperature)
+        self.error = error
 
-    def forward(self, batch):
-        log_probs, *others = self.policy(batch)
+    def forward(self, batch, reference=None):
+        log_probs, *others = super().forward(batch, reference)
         return (log_probs + self.error(batch, log_probs), *others)
 
 
@@ -184,10 +188,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_that_are_easily_overlooked(tokenizer, questions, mistake):
     model = load_model("tiny/model", "fp32")
-    torch.manual_seed(0)
-    config = Config(preset="tiny", precision="fp32")
     with pytest.raises(UserError, match="sampled from otherwise"):
-        check_sampler(model, Wrong(model, MISTAKES[mistake]), tokenizer, questions, config)
+        check(model, Wrong(model, MISTAKES[mistake]), tokenizer, questions)
 
 
 @pytest.mark.parametrize(("precision", "temperature", "fine", "bad"), [
@@ -198,23 +200,32 @@ def test_the_tolerance(tokenizer, questions, precision, temperature, fine, bad):
     """Per precision, and wider where the temperature spreads the logits."""
     model = load_model("tiny/model", "fp32")
     for gap in (fine, bad):
-        torch.manual_seed(0)
-        config = Config(preset="tiny", precision=precision, temperature=temperature)
-        trainer = Wrong(model, lambda batch, log_probs, gap=gap: gap)
-        trainer.policy.temperature = temperature
+        policy = Wrong(model, lambda batch, log_probs, gap=gap: gap, temperature)
+        arguments = model, policy, tokenizer, questions, temperature, precision
         if gap == fine:
-            check_sampler(model, trainer, tokenizer, questions, config)
+            check(*arguments)
         else:
             with pytest.raises(UserError, match="sampled from otherwise"):
-                check_sampler(model, trainer, tokenizer, questions, config)
+                check(*arguments)
 
 
 def test_what_is_tried_is_what_will_sample(tmp_path, monkeypatch):
-    """In bf16 that is the twin."""
-    seen = []
-    monkeypatch.setattr(train, "check_sampler", lambda model, *others: seen.append(model))
-    config = train.parse_config(
-        ["--preset=tiny", "--device=cpu", "--precision=bf16", f"--run_dir={tmp_path}/run"]
-    )[0]
-    t = train.build(config, None)
-    assert t.twin is not None and seen == [t.twin]
+    """In bf16 that is the copy of the policy; and what is asked about it is the policy that is trained."""
+    sampled, tried = [], []
+
+    def recorded(model, *others):
+        sampled.append(model)
+        return rollout(model, *others)
+
+    def check_and_record(sample, policy, *others):
+        tried.append(policy)
+        check_sampler(sample, policy, *others)
+
+    monkeypatch.setattr(train, "rollout", recorded)
+    monkeypatch.setattr(train, "check_sampler", check_and_record)
+    flags = ["--preset=tiny", "--device=cpu", "--precision=bf16", f"--run_dir={tmp_path}/run"]
+    trainer = train.build(parse_config(flags)[0], None)
+    assert trainer.policy.bf16_copy is not None
+    assert sampled == [trainer.policy.bf16_copy] and tried == [trainer.policy]
+    train.sample_and_score(trainer, 1)
+    assert sampled == [trainer.policy.bf16_copy] * 2

@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from config import located
-from data import Question, load_questions, with_prompts
-from errors import UserError
-from log_probs import sequences_log_probs
-from model import load_model
-from rollout import Completion, Draw, Sampling, complete, cut, end_tokens, rollout
+from loss import sequences_log_probs
+from rollout import Completion, complete, rollout, trim_at_eos
+from support.config import resolve_path
+from support.data import Question, load_questions, with_prompts
+from support.errors import UserError
+from support.generation import Sampling, TokenSampler, end_tokens
+from support.model import load_model
 
 
 @pytest.fixture
@@ -22,14 +23,22 @@ def prompts(tokenizer):
     return [tokenizer(t)["input_ids"] for t in texts]
 
 
+@pytest.fixture(scope="module")
+def questions(tokenizer):
+    """The bundled test questions, with their prompts."""
+    found = load_questions(resolve_path("tiny/task"), "test", "")
+    return with_prompts(found, tokenizer, "", 128)[0]
+
+
 def test_groups_in_order(model, tokenizer, prompts):
     questions = [Question("q", "1", "", prompt_ids=p) for p in prompts]
     for size in (1, 4, 100):  # sequences per generate call: chunks cut through groups
         groups = rollout(model, tokenizer, questions, 3, Sampling(4, 0.0, batch_size=size))
-        assert [len(g) for g in groups] == [3, 3, 3]
+        assert [g.question for g in groups] == questions
+        assert [len(g.completions) for g in groups] == [3, 3, 3]
         for prompt, group in zip(prompts, groups, strict=True):
             alone = complete(model, tokenizer, [prompt], Sampling(4, 0.0))[0]
-            assert all(c.ids == alone.ids for c in group), (
+            assert all(c.ids == alone.ids for c in group.completions), (
                 "greedy, so each one equals the prompt's answer alone"
             )
 
@@ -37,17 +46,22 @@ def test_groups_in_order(model, tokenizer, prompts):
 def test_the_end_token_stays_and_truncation_is_marked(tokenizer):
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     word = tokenizer(" apples")["input_ids"][0]
-    assert cut([word, end, pad, pad], [end], tokenizer) == Completion([word, end], " apples", False)
-    assert cut([word, end, end, end], [end], tokenizer).ids == [word, end], "pad = end"
-    assert cut([end, pad], [end], tokenizer) == Completion([end], "", False), (
+
+    def trim(ids, ends=(end,), log_probs=()):
+        return trim_at_eos(ids, [*log_probs], [*ends], tokenizer)
+
+    assert trim([word, end, pad, pad]) == Completion([word, end], " apples", False)
+    assert trim([word, end, end, end]).ids == [word, end], "pad = end"
+    assert trim([end, pad]) == Completion([end], "", False), (
         "an empty answer still has its end token"
     )
-    assert cut([word, word], [end], tokenizer) == Completion([word, word], " apples apples", True)
-    assert cut([word, 7, pad], [end, 7], tokenizer).ids == [word, 7], "any of several end tokens"
+    assert trim([word, word]) == Completion([word, word], " apples apples", True)
+    assert trim([word, 7, pad], ends=[end, 7]).ids == [word, 7], "any of several end tokens"
+    assert trim([word, end, pad], log_probs=[-1.0, -2.0, -3.0]).log_probs == [-1.0, -2.0]
 
 
 def test_pad_equal_to_end(model, tokenizer, prompts):
-    """Faults 1 and 2 through the whole of generate: a tokenizer whose pad is its end token, as Llama users make it."""
+    """Through the whole of generate, with a tokenizer whose pad token is its end token, as Llama users make it."""
     expected = complete(model, tokenizer, prompts, Sampling(6, 0.0))
     pad = tokenizer.pad_token
     try:
@@ -59,7 +73,7 @@ def test_pad_equal_to_end(model, tokenizer, prompts):
 
 
 def test_the_budget_is_the_completions_own(model, tokenizer, prompts):
-    """Fault 10: a max_length that counts the prompt leaves long questions short answers."""
+    """A limit that counts the prompt (transformers' max_length) would leave long questions short answers."""
     model.lm_head.weight.data[tokenizer.eos_token_id] = 0
     model.lm_head.weight.data *= 5
     done = complete(model, tokenizer, [prompts[0] * 5, prompts[1]], Sampling(7, 0.0))
@@ -67,7 +81,7 @@ def test_the_budget_is_the_completions_own(model, tokenizer, prompts):
 
 
 def test_nothing_leaks_from_the_models_own_settings(model, tokenizer, prompts):
-    """Fault 8: Qwen's own top_k 20 and repetition penalty would shape the samples, not the log-probabilities.
+    """Qwen's own top_k 20 and repetition penalty would shape the samples, but not the log-probabilities.
 
     With all logits equal every one of the 121 tokens has the same chance; a top_k of 1 would leave one of them.
     2,000 draws miss a given token with probability 7e-8.
@@ -89,7 +103,7 @@ def test_nothing_leaks_from_the_models_own_settings(model, tokenizer, prompts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_log_probabilities(model, tokenizer, prompts, temperature):
-    """Fault 9: frequencies of 20,000 first tokens against exp(log_probs) at the same temperature, by chi-square.
+    """The frequencies of 20,000 first tokens against exp(log_probs) at the same temperature, by chi-square.
 
     False alarm: about one in a million, were the seed not fixed.
     """
@@ -121,19 +135,16 @@ def test_samples_follow_the_log_probabilities(model, tokenizer, prompts, tempera
 
 
 def plain_greedy(network, prompt, end, budget):
-    """The slow twin: the whole sequence again for every token, no cache, no padding, no batch."""
+    """The slow way: the whole sequence again for every token, without cache, padding or batch."""
     ids = list(prompt)
     while len(ids) < len(prompt) + budget and ids[len(prompt) :][-1:] != [end]:
         ids.append(int(network(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
-def test_greedy_equals_the_whole_forward_pass_token_by_token(tokenizer):
+def test_greedy_equals_the_whole_forward_pass_token_by_token(tokenizer, questions):
     """The bundled model, whose answers end at different lengths, so that rows leave while others go on."""
     network = load_model("tiny/model", "fp32")
-    questions, _ = with_prompts(
-        load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128
-    )
     prompts = [q.prompt_ids for q in questions[:12]] + [[5], [5, 9]]
     done = complete(network, tokenizer, prompts, Sampling(40, 0.0))
     assert len({len(c.ids) for c in done}) > 2, "or nothing leaves early"
@@ -151,11 +162,8 @@ def watched(network):
     return seen
 
 
-def test_prompts_are_read_once_and_ended_rows_make_room(tokenizer):
+def test_prompts_are_read_once_and_ended_rows_make_room(tokenizer, questions):
     network = load_model("tiny/model", "fp32")
-    questions, _ = with_prompts(
-        load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128
-    )
     seen = watched(network)
     torch.manual_seed(0)
     groups = rollout(network, tokenizer, questions[:4], 32, Sampling(48, batch_size=128))
@@ -164,7 +172,7 @@ def test_prompts_are_read_once_and_ended_rows_make_room(tokenizer):
     assert seen[1] == (128, 1)
     rows = [r for r, columns in seen[1:]]
     assert all(columns == 1 for _, columns in seen[1:]) and sorted(rows, reverse=True) == rows
-    lengths = sorted((len(c.ids) for g in groups for c in g), reverse=True)
+    lengths = sorted((len(c.ids) for g in groups for c in g.completions), reverse=True)
     for t, n in enumerate(rows):
         going = sum(length > t for length in lengths)
         assert going <= n <= max(2 * going, 1), "at the most half of a batch has ended"
@@ -172,15 +180,14 @@ def test_prompts_are_read_once_and_ended_rows_make_room(tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_each_token_was_drawn_with_the_trainers_own_log_probability(tokenizer, temperature):
+def test_each_token_was_drawn_with_the_trainers_own_log_probability(
+    tokenizer, questions, temperature
+):
     """Across prompts of several lengths and rows that leave: cache, padding and positions stay right to the end."""
     network = load_model("tiny/model", "fp32")
-    questions, _ = with_prompts(
-        load_questions(located("tiny/task"), "test", ""), tokenizer, "", 128
-    )
     torch.manual_seed(0)
     groups = rollout(network, tokenizer, questions[:6], 8, Sampling(48, temperature, batch_size=20))
-    flat = [(q, c) for q, g in zip(questions, groups, strict=False) for c in g]
+    flat = [(g.question, c) for g in groups for c in g.completions]
     assert len({len(c.ids) for _, c in flat}) > 5
     for q, c in flat:
         sequence = torch.tensor([q.prompt_ids + c.ids])
@@ -199,14 +206,16 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch):
         monkeypatch.setattr(
             torch, "rand", lambda *size, value=number, **kw: torch.full(size, value, **kw)
         )
-        draw = Draw()
+        draw = TokenSampler(Sampling(1))
         chosen = draw(None, scores.clone())
         assert chosen.argmax(-1).tolist() == [token] * 4 and (chosen.exp().sum(-1) == 1).all()
         torch.testing.assert_close(draw.log_probs()[:, 0], scores.log_softmax(-1)[:, token])
     long = torch.full((1, 100_001), -20.72)
     long[0, 0] = 0.0
     monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.full(size, 1 - 0.25e-4, **kw))
-    assert Draw()(None, long).argmax(-1).item() == pytest.approx(75_000, rel=0.01)
+    assert TokenSampler(Sampling(1))(None, long).argmax(-1).item() == pytest.approx(
+        75_000, rel=0.01
+    )
 
 
 def test_a_model_with_another_kind_of_state_is_sampled_plainly(tokenizer):
@@ -260,12 +269,14 @@ def test_the_pad_token_as_a_prompts_own(tokenizer):
 def test_logits_that_are_not_finite_are_said(model, tokenizer):
     """Not an index out of range, which on a GPU ends the process's use of it. One row of three is enough."""
     for bad in (float("nan"), float("inf")):
-        draw = Draw()
+        draw = TokenSampler(Sampling(1))
         scores = torch.zeros(3, 1000)
         scores[1, 7] = bad
         out = draw(torch.zeros(3, 1, dtype=torch.long), scores)
         assert (out == 0).sum(-1).tolist() == [1, 1, 1]
-        assert draw.log_probs().isnan().squeeze(-1).tolist() == [False, True, False]
+        assert draw.columns[0].isnan().squeeze(-1).tolist() == [False, True, False]
+        with pytest.raises(UserError, match="logits are not finite"):
+            draw.log_probs()
     with torch.no_grad():
         model.lm_head.weight[0] = float("nan")
     with pytest.raises(UserError, match="logits are not finite"):

@@ -1,15 +1,18 @@
 """Make everything in this folder: the word problems, the tokenizer and the warm-started tiny model.
 
-    python tiny/make.py            about three minutes on two CPU cores; the same files each time on the same machine
+    python tiny/make.py     about three minutes on two CPU cores; the same files on the same machine
 
-task/   word problems of two to four steps in GSM8K's own format, train.jsonl and test.jsonl, no problem in both
-model/  a Llama of 0.8 M parameters, warm-started by sft.py in two rounds on other problems, all solved correctly:
+task/   word problems of two to four steps in GSM8K's own format, train.jsonl and test.jsonl; no
+        problem is in both
+model/  a Llama of 0.8 M parameters, warm-started by sft.py in two rounds on other problems, all
+        solved correctly:
         school, 900 steps: it learns to calculate, with every step of the working shown
         habits, 300 steps: 60 % answer at once, 32 % show their working, 8 % forget the answer tag
 
-A network this small cannot do four steps in its head, but it can on paper. The second round leaves it answering at
-once most of the time, and mostly wrong; that showing the work pays is what GRPO is left to discover. (In one round of
-the three habits alone it needs far more steps to learn to calculate, and by then it half knows the answers by heart.)
+A network this small cannot do four steps in its head, but it can on paper. After the second round
+it answers at once most of the time, and mostly wrong; that showing the work pays is what GRPO is
+left to discover. (In one round of the three habits alone it needs far more steps to learn to
+calculate, and by then it half knows the answers by heart.)
 """
 
 import json
@@ -33,13 +36,8 @@ GAINS = ["finds {n} more", "buys {n} more", "gets {n} from {other}", "picks up {
 LOSSES = ["gives {n} to {other}", "loses {n}", "sells {n}", "drops {n}"]
 DOUBLES = ["doubles the number"]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-END, PAD, UNKNOWN, USER, ASSISTANT = (
-    "<|end|>",
-    "<|pad|>",
-    "<|unknown|>",
-    "<|user|>",
-    "<|assistant|>",
-)
+END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
+USER, ASSISTANT = "<|user|>", "<|assistant|>"
 # The end token also closes the user's turn, as in the templates of Qwen and Llama 3.
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}" + END + "{% endfor %}"
@@ -48,7 +46,7 @@ TEMPLATE = (
 
 
 def problem(steps: int, rng: random.Random) -> dict[str, str]:
-    """One word problem with its worked solution, in GSM8K's format; no number on the way exceeds 40."""
+    """One word problem with its worked solution, in GSM8K's format; no number in it exceeds 40."""
     name, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     total = rng.randint(5, 20)
@@ -77,7 +75,10 @@ def problems(count: int, rng: random.Random, taken: set[str]) -> list[dict[str, 
 
 
 def completion(row: dict[str, str], weights: tuple[float, float, float], rng: random.Random) -> str:
-    """A correct completion in one of three habits, by `weights`: at once, with the working shown, without the tag."""
+    """A correct completion in one of three habits, drawn with `weights`.
+
+    The answer at once; the working shown; the answer without its tag.
+    """
     working, _, answer = row["answer"].rpartition("\n#### ")
     shown = f"<think>{sft.CALCULATOR.sub('', working)}</think>"
     tagged = f"<answer>{answer}</answer>"
@@ -85,28 +86,20 @@ def completion(row: dict[str, str], weights: tuple[float, float, float], rng: ra
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words with the space before them, and single digits: lossless on the task's own text."""
+    """Whole words with the space before them, single digits: nothing of the task's text is lost."""
     phrases = " ".join(GAINS + LOSSES + DOUBLES).replace("{n}", "").replace("{other}", "")
     words = [*NAMES, *THINGS, *phrases.split(), *["has", "does", "have", "How", "many"]]
     marks = [*"0123456789", *(f" {d}" for d in range(10)), *"+-*=.?", "\n", " "]
-    tokens = [
-        UNKNOWN,
-        PAD,
-        END,
-        USER,
-        ASSISTANT,
-        *TAGS,
-        *marks,
-        *(w for w in words),
-        *(f" {w}" for w in words),
-    ]
+    special = [UNKNOWN, PAD, END, USER, ASSISTANT]
+    tokens = [*special, *TAGS, *marks, *words, *(f" {word}" for word in words)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.Split(
         Regex(r" ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]|\s"), "isolated"
     )
     core.decoder = decoders.Fuse()
-    # Ordinary added tokens: special ones would be dropped from the decoded text, and the reward would never see them.
+    # Ordinary added tokens: special ones would be dropped from the decoded text, and the reward
+    # would never see them.
     core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     core.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t in (PAD, END, USER, ASSISTANT)]
@@ -122,9 +115,9 @@ def blank_model(vocabulary: int, end: int, pad: int) -> LlamaForCausalLM:
     """The untrained network."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=end, pad_token_id=pad,
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=pad,
     ))  # fmt: skip
 
 
@@ -137,12 +130,12 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 def warm_start(
     name: str, rows: list[dict[str, str]], start: Path, scratch: Path, *flags: str
 ) -> Path:
-    """One round of sft.py on `rows`, from the model in `start`; returns the folder of the trained model."""
+    """One round of sft.py on `rows`, from the model in `start`; returns the new model's folder."""
     write_rows(scratch / name / "train.jsonl", rows)
     sft.main([
-        "--preset=tiny", "--device=cpu", "--seed=0", f"--model={start}", f"--dataset={scratch / name}",
-        "--train_batch_size=32", "--micro_batch_size=32", "--warmup_steps=50",
-        f"--run_dir={scratch / name / 'run'}", *flags,
+        "--preset=tiny", "--device=cpu", "--seed=0", f"--model={start}",
+        f"--dataset={scratch / name}", "--train_batch_size=32", "--micro_batch_size=32",
+        "--warmup_steps=50", f"--run_dir={scratch / name / 'run'}", *flags,
     ])  # fmt: skip
     return scratch / name / "run" / "model"
 
@@ -162,14 +155,12 @@ def main() -> None:
         print(f"{model.num_parameters():,} parameters, {len(words)} tokens")
         for part in (model, words):
             part.save_pretrained(scratch / "blank")
-        schooled = warm_start(
-            "school", school, scratch / "blank", scratch, "--steps=900", "--lr=2e-3"
-        )
-        ready = warm_start("habits", habits, schooled, scratch, "--steps=300", "--lr=5e-4")
-        LlamaForCausalLM.from_pretrained(ready, dtype=torch.bfloat16).save_pretrained(
-            HERE / "model"
-        )
-        words.save_pretrained(HERE / "model")
+        start = scratch / "blank"
+        start = warm_start("school", school, start, scratch, "--steps=900", "--lr=2e-3")
+        start = warm_start("habits", habits, start, scratch, "--steps=300", "--lr=5e-4")
+        trained = LlamaForCausalLM.from_pretrained(start, dtype=torch.bfloat16)
+        for part in (trained, words):
+            part.save_pretrained(HERE / "model")
 
 
 if __name__ == "__main__":
