@@ -1,12 +1,14 @@
-"""The baseline of benchmarks/step.py: one step of GRPO the way that the tiny-grpo tutorial computes it. No command.
+"""The baseline of benchmarks/step.py: a step of GRPO, computed the way of the tiny-grpo tutorial.
 
-It computes what train.py computes (`tests/test_tutorial.py` compares), but in the tutorial's way: one `generate` call
-for each question; the logits of prompt and completion, all of them, in fp32, for one gather; the old policy (and, with
-a KL, the reference) asked about each group; rows that keep the padding of their group, in the order of the buffer;
-every completion trained, with or without an advantage. The tutorial's numerical faults are mended, since a wrong step
-is no baseline: masks come from lengths, the end token is trained, the sampler has no filter.
+This is no command. It computes what train.py computes (`tests/test_tutorial.py` compares), but in
+the tutorial's way: one `generate` call for each question; the logits of prompt and completion, all
+of them, in fp32, to gather one of each; the old policy (and, with a KL, the reference) asked about
+each group; rows that keep the padding of their group, in the order of the buffer; every completion
+trained, with or without an advantage. The tutorial's numerical faults are mended, since a wrong
+step is no baseline: masks come from lengths, the end token is trained, the sampler has no filter.
 
-S: tokens of prompt and completion with padding; what is said of tokens is (rows, S − 1), one for each but the first.
+S: tokens of prompt and completion with padding; what is said of tokens is (rows, S - 1), one for
+each token but the first.
 """
 
 import time
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-import reward
-from config import Config
-from data import Question
+from reward import score
+from rollout import Completion, Group
+from support.config import Config
+from support.data import Question
 
 
 class Row(NamedTuple):
@@ -28,9 +31,9 @@ class Row(NamedTuple):
 
     sequence: Tensor  # int64 (S,)
     attention_mask: Tensor  # int64 (S,)
-    action_mask: Tensor  # bool (S − 1,): whether the next token was sampled
-    log_probs_old: Tensor  # float32 (S − 1,)
-    log_probs_ref: Tensor  # float32 (S − 1,); zeros without a KL
+    action_mask: Tensor  # bool (S - 1,): whether the next token was sampled
+    log_probs_old: Tensor  # float32 (S - 1,)
+    log_probs_ref: Tensor  # float32 (S - 1,); zeros without a KL
     advantage: Tensor  # float32 ()
 
 
@@ -48,10 +51,19 @@ def sample(model: nn.Module, tokenizer: Any, question: Question, config: Config)
         *([] if own is None else [own] if isinstance(own, int) else own),
     }
     settings = GenerationConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=True, temperature=config.temperature, top_p=config.top_p,
-        top_k=0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0, num_beams=1, use_cache=True,
-        eos_token_id=sorted(ends), pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        max_new_tokens=config.max_new_tokens,
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.eos_token_id,
+    )
     prompt = torch.tensor([question.prompt_ids] * config.group_size, device=model.device)
     with autocast(model, config):
         output = model.generate(
@@ -63,7 +75,7 @@ def sample(model: nn.Module, tokenizer: Any, question: Question, config: Config)
     ]
 
 
-def scores(
+def returns_of(
     rewards: dict[str, Callable],
     question: Question,
     completions: list[list[int]],
@@ -71,19 +83,17 @@ def scores(
     config: Config,
 ) -> Tensor:
     """The weighted sum of the rewards of one group, float32 (group_size,)."""
-    count, columns = len(completions), question.columns | {"reference": question.reference}
-    columns = {name: [value] * count for name, value in columns.items()}
-    columns |= {"completion_ids": completions, "max_new_tokens": config.max_new_tokens}
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return reward.score(rewards, config.reward_weights, [question.prompt] * count, texts, columns)[
-        0
-    ]
+    # No reward is told whether a completion was truncated.
+    answers = [Completion(*pair, truncated=False) for pair in zip(completions, texts, strict=True)]
+    (scored,) = score([Group(question, answers)], rewards, config)
+    return scored.returns
 
 
 def sequences_log_probs(
     model: nn.Module, sequences: Tensor, attention_mask: Tensor, config: Config
 ) -> Tensor:
-    """Log-probability of every token but the first, (rows, S − 1), from the logits of all of them."""
+    """Log-probability of every token but the first, (rows, S - 1), from all logits."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with autocast(model, config):
         output = model(
@@ -97,10 +107,14 @@ def sequences_log_probs(
 
 
 @torch.no_grad()
-def remember(
-    model: nn.Module, reference: nn.Module | None, question: Question, completions: list[list[int]], returns: Tensor,
+def make_rows(
+    model: nn.Module,
+    reference: nn.Module | None,
+    question: Question,
+    completions: list[list[int]],
+    returns: Tensor,
     config: Config,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """The group as rows, with what the policy that sampled and the reference say of its tokens."""
     start, width = len(question.prompt_ids), max(map(len, completions))
     sequences = torch.tensor(
@@ -108,27 +122,22 @@ def remember(
     )
     lengths = torch.tensor([start + len(c) for c in completions])[:, None]
     places = torch.arange(start + width)
-    attention_mask, action_mask = (
-        (places < lengths).long(),
-        ((places >= start) & (places < lengths))[:, 1:],
-    )
+    attention_mask = (places < lengths).long()
+    action_mask = ((places >= start) & (places < lengths))[:, 1:]
     inputs = sequences.to(model.device), attention_mask.to(model.device), config
     old = sequences_log_probs(model, *inputs).cpu()
-    ref = (
-        torch.zeros_like(old)
-        if reference is None
-        else sequences_log_probs(reference, *inputs).cpu()
-    )
-    advantages = (
-        (returns - returns.mean()) / (returns.std() + 1e-4) * (returns.max() > returns.min())
-    )
+    ref = torch.zeros_like(old)
+    if reference is not None:
+        ref = sequences_log_probs(reference, *inputs).cpu()
+    relative = (returns - returns.mean()) / (returns.std() + 1e-4)
+    advantages = relative * (returns.max() > returns.min())
     return list(map(Row, sequences, attention_mask, action_mask, old, ref, advantages))
 
 
-def learn(
+def update(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], config: Config
 ) -> tuple[float, float]:
-    """One optimizer step over all rows, in micro-batches; returns the loss and the norm of its gradient."""
+    """One optimizer step over all rows, in micro-batches; returns loss and gradient norm."""
     model.train()
     total = 0.0
     for start in range(0, len(rows), config.micro_batch):
@@ -158,12 +167,20 @@ def learn(
 
 
 def step(
-    model: nn.Module, reference: nn.Module | None, tokenizer: Any, optimizer: torch.optim.Optimizer,
-    questions: list[Question], rewards: dict[str, Callable], config: Config,
-) -> dict[str, float]:  # fmt: skip
-    """One step, rollout to update; returns seconds of its parts, sampled tokens, loss and gradient norm.
+    model: nn.Module,
+    reference: nn.Module | None,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    questions: list[Question],
+    rewards: dict[str, Callable],
+    config: Config,
+) -> dict[str, float]:
+    """One step, rollout to update.
 
-    `config` must state clip_eps and kl_weight; None, the objective's own choice, is for loss.py to know.
+    Args:
+        config: must state clip_eps and kl_weight; None would be the choice of the objective.
+    Returns:
+        seconds of its parts, sampled tokens, loss and gradient norm.
     """
     spent = {"rollout": 0.0, "log_probs": 0.0, "update": 0.0}
 
@@ -177,11 +194,11 @@ def step(
     buffer, tokens = [], 0
     for question in questions:
         completions = timed("rollout", sample, model, tokenizer, question, config)
-        returns = scores(rewards, question, completions, tokenizer, config)
+        returns = returns_of(rewards, question, completions, tokenizer, config)
         buffer += timed(
-            "log_probs", remember, model, reference, question, completions, returns, config
+            "log_probs", make_rows, model, reference, question, completions, returns, config
         )
         tokens += sum(map(len, completions))
     order = torch.randperm(len(buffer)).tolist()
-    loss, norm = timed("update", learn, model, optimizer, [buffer[i] for i in order], config)
+    loss, norm = timed("update", update, model, optimizer, [buffer[i] for i in order], config)
     return {**spent, "tokens": tokens, "loss": loss, "grad_norm": norm}

@@ -1,7 +1,14 @@
-"""Single steps of the real training loop, for the tests: with groups of their own, or stopped before the update."""
+"""Single steps of the real training loop, for the tests: with groups of their own, or stopped
+before the update. And finished runs, each trained once for all tests of a process."""
+
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import FEW
 
 import train
 from replay_buffer import ReplayBuffer
@@ -30,7 +37,10 @@ def sample(trainer, count=None, step=1):
 
 
 def one_step(trainer, groups=None, update=None, step=1):
-    """One turn of the loop in `train.train`; with these groups, or another update. Returns its buffer."""
+    """One turn of the loop in `train.train`; with these groups, or another update.
+
+    Returns its replay buffer.
+    """
     buffers = []
 
     class Kept(ReplayBuffer):
@@ -45,7 +55,7 @@ def one_step(trainer, groups=None, update=None, step=1):
         if update is not None:
             patch.setattr(train, "update", update)
         set_learning_rate(trainer.optimizer, trainer.config, step)
-        trainer.monitor.add("train/skipped_steps", 0)
+        trainer.monitor.add_up("train/skipped_steps", 0)  # once, also after `fill`
         train.train(trainer, iter([(step, seed_step(trainer.config.seed, step))]))
     return buffers[0]
 
@@ -59,7 +69,27 @@ def learn(trainer, buffer, step=1, generator=None):
     """The updates of one step."""
     config = trainer.config
     set_learning_rate(trainer.optimizer, config, step)
-    trainer.monitor.add("train/skipped_steps", 0)
+    trainer.monitor.add_up("train/skipped_steps", 0)  # once, also after `fill`
     generator = generator or torch.Generator().manual_seed(0)
-    for mini_batch in buffer.mini_batches(config.train_batch_size, config.epochs_per_step, generator):
+    for mini_batch in buffer.mini_batches(
+        config.train_batch_size, config.epochs_per_step, generator
+    ):
         train.update(trainer, mini_batch)
+
+
+@cache
+def shared_run(*flags):
+    """The folder of a finished run of the bundled task: small, and trained once for all tests of a
+    process that give the same flags. To look at; whoever writes takes a copy."""
+    folder = Path(tempfile.mkdtemp(dir=FEW[0].parent, prefix="shared")) / "run"
+    train.main([
+        "--preset=tiny", "--device=cpu", "--steps=2", "--rollouts_per_step=4", "--group_size=4", "--train_batch_size=8",
+        "--micro_batch_size=4", "--max_new_tokens=16", "--eval_interval=0", "--eval_questions=20", "--checkpoint_interval=2",
+        f"--dataset={FEW[0]}", f"--run_dir={folder}", *flags,
+    ])  # fmt: skip
+    return folder
+
+
+def copy_of(run, folder):
+    """A copy of a run in `folder`; returns it."""
+    return shutil.copytree(run, folder)

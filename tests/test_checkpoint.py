@@ -1,31 +1,43 @@
-"""checkpoint.py: whole or absent, what is damaged is named, and the only good one is never deleted."""
+"""support/checkpoint.py: whole or absent, what is damaged is named, and the only good one is never
+deleted."""
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
-from conftest import ROOT, metrics
+from conftest import FEW, ROOT, metrics
+from steps import copy_of, shared_run
 
-import checkpoint
 import train
-from checkpoint import PREFIX, SUMS, TrainerState, checkpoints, damage, discard, save_checkpoint
-from config import Config
-from errors import UserError
+from support import checkpoint
+from support.checkpoint import (
+    PREFIX,
+    SUMS,
+    TrainerState,
+    checkpoints,
+    discard,
+    find_damage,
+    save_checkpoint,
+)
+from support.config import Config
+from support.errors import UserError
 
 
 @pytest.fixture
 def saved(tmp_path, model, tokenizer):
     """Saves checkpoints of a random network into one run folder, by step."""
 
-    def save(step, **knobs):
+    def save(step, **options):
         state = TrainerState(step, 8 * step, {"step": step})
         return save_checkpoint(
-            tmp_path, state, model, tokenizer, Config(preset="tiny", model="tiny/model", **knobs)
+            tmp_path, state, model, tokenizer, Config(preset="tiny", model="tiny/model", **options)
         )
 
     return save
@@ -139,14 +151,15 @@ class Boom:
     "write", [pickle.dump, lambda thing, file: torch.save({"step": thing}, file)]
 )
 def test_nothing_is_unpickled(saved, tmp_path, monkeypatch, write):
-    """A stranger's folder, with sums that agree: torch's loader for plain tensors refuses what is not one."""
+    """A stranger's folder, with sums that agree: torch's loader for plain tensors refuses what is
+    not one."""
     monkeypatch.chdir(tmp_path)
     folder = saved(2)
     with (folder / "trainer_state.pt").open("wb") as file:
         write(Boom(), file)
     (folder / SUMS).unlink()
     checkpoint.write_sums(folder)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     with pytest.raises(UserError, match="made by another program or version"):
         checkpoint.load_state(folder, Config(preset="tiny", model="tiny/model"))
     assert not (tmp_path / "boom").exists()
@@ -162,7 +175,8 @@ def test_keep_checkpoints_never_deletes_the_one_just_written(saved, tmp_path):
 
 
 def test_a_write_that_fails_anywhere_leaves_the_others(saved, tmp_path, monkeypatch):
-    """At every call that touches the disk in turn, until none fails: the disk is full, and the older one stays good."""
+    """At every call that touches the disk in turn, until none fails: the disk is full, and the
+    older one stays good."""
     good = saved(2)
     real = {name: getattr(checkpoint, name) for name in ("write_sums", "sync", "sha256", "discard")}
     for fatal in range(1000):
@@ -186,11 +200,11 @@ def test_a_write_that_fails_anywhere_leaves_the_others(saved, tmp_path, monkeypa
             assert names(tmp_path) in (["checkpoint-2"], ["checkpoint-2", "checkpoint-4"])
             for name, function in real.items():
                 monkeypatch.setattr(checkpoint, name, function)
-            assert damage(good) is None and not list(tmp_path.glob(".*"))
+            assert find_damage(good) is None and not list(tmp_path.glob(".*"))
             if (
                 names(tmp_path)[-1] == "checkpoint-4"
             ):  # only the last sync failed: what is there is whole
-                assert damage(tmp_path / "checkpoint-4") is None
+                assert find_damage(tmp_path / "checkpoint-4") is None
                 discard(tmp_path / "checkpoint-4")
             continue
         break
@@ -198,7 +212,8 @@ def test_a_write_that_fails_anywhere_leaves_the_others(saved, tmp_path, monkeypa
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(saved, tmp_path, monkeypatch):
-    """Each file is synced before its hash is written, the hashes before the name, and the name at last."""
+    """Each file is synced before its hash is written, the hashes before the name, and the name at
+    last."""
     done = []
     real_sync, real_rename, real_sha = checkpoint.sync, type(tmp_path).rename, checkpoint.sha256
     monkeypatch.setattr(
@@ -241,16 +256,16 @@ def test_a_checkpoint_that_is_deleted_in_part_has_no_name(saved, tmp_path, monke
 
 
 def test_links_and_files_with_a_checkpoints_name(tiny_run, tmp_path):
-    """A checkpoint that was moved to a larger disk, and a file where the next one will be; the link's target stays."""
-    folder = tiny_run("a", "--steps=2", "--checkpoint_interval=1")
+    """A checkpoint that was moved to a larger disk, and a file where the next one will be; the
+    link's target stays."""
+    folder = tiny_run("a", "--steps=2", "--checkpoint_interval=1", "--eval_interval=0")
     (folder / "checkpoint-1").rename(tmp_path / "elsewhere")
     (folder / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
     (folder / "checkpoint-3").write_text("hi")
     (folder / ".checkpoint-9.deleted").symlink_to(tmp_path / "elsewhere")
     tiny_run("a", f"--resume={folder}", "--steps=4", "--keep_checkpoints=2")
-    assert (
-        names(folder) == ["checkpoint-3", "checkpoint-4"] and damage(tmp_path / "elsewhere") is None
-    )
+    assert names(folder) == ["checkpoint-3", "checkpoint-4"]
+    assert find_damage(tmp_path / "elsewhere") is None
     assert not list(folder.glob(".checkpoint*"))
 
 
@@ -283,11 +298,11 @@ def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, model):
         list(model.parameters())[-1][0] = float("inf")
     with pytest.raises(UserError, match="not finite, so it is not saved.*checkpoint-2.*lower --lr"):
         saved(4, keep_checkpoints=1)
-    assert names(tmp_path) == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
+    assert names(tmp_path) == ["checkpoint-2"] and find_damage(tmp_path / "checkpoint-2") is None
 
 
-def test_what_a_killed_process_left_is_swept(tiny_run):
-    folder = tiny_run("a", "--steps=2")
+def test_what_a_killed_process_left_is_swept(tiny_run, tmp_path):
+    folder = copy_of(shared_run(), tmp_path / "a")
     for name in (".checkpoint-3.partial", ".checkpoint-1.deleted"):
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_bytes(b"half")
@@ -300,7 +315,8 @@ def test_what_a_killed_process_left_is_swept(tiny_run):
     ("done", "words"), [(False, "in use by another process"), (True, "is not empty")]
 )
 def test_two_processes_that_begin_at_once(tmp_path, monkeypatch, done, words):
-    """The second comes between the first one's look at the folder and its lock, and is still at work, or done."""
+    """The second comes between the first one's look at the folder and its lock, and is still at
+    work, or done."""
     config = Config(preset="tiny", run_dir=str(tmp_path / "run"))
     real, inner = checkpoint.lock, []
 
@@ -321,7 +337,7 @@ def test_two_processes_that_begin_at_once(tmp_path, monkeypatch, done, words):
 
 def test_a_damaged_checkpoint_as_the_model_of_another_run(tiny_run, tmp_path, capsys):
     """What the alarm reward_falls advises: --model runs/NAME/checkpoint-STEP."""
-    folder = tiny_run("a", "--steps=2")
+    folder = copy_of(shared_run(), tmp_path / "a")
     flip(folder / "checkpoint-2" / "model.safetensors")
     with pytest.raises(SystemExit):
         tiny_run("b", f"--model={folder}/checkpoint-2")
@@ -341,8 +357,8 @@ def test_a_new_run_that_cannot_write_leaves_no_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_model_on_resume_is_refused(tiny_run, capsys):
-    folder = tiny_run("a", "--steps=2")
+def test_another_model_on_resume_is_refused(tmp_path, capsys):
+    folder = copy_of(shared_run(), tmp_path / "a")
     before = metrics(folder, timeless=False)
     with pytest.raises(SystemExit):
         train.main([f"--resume={folder}", "--model=tiny/other", "--steps=4"])
@@ -356,10 +372,12 @@ CAN_MOUNT = not subprocess.run(["unshare", "-rm", "true"], capture_output=True).
 
 @pytest.mark.skipif(CAN_MOUNT, reason="the tests below do it with a file system that is full")
 def test_a_disk_that_takes_no_more(tmp_path):
-    """The real thing, in a process of its own: no file may grow beyond 2 MB, less than the weights need."""
+    """The real thing, in a process of its own: no file may grow beyond 2 MB, less than the weights
+    need."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, 2 * 2**20)); import train; train.main(sys.argv[1:])"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, 2 * 2**20));"
+        "import train; train.main(sys.argv[1:])"
     )
     flags = [
         "--preset=tiny",
@@ -379,60 +397,106 @@ def test_a_disk_that_takes_no_more(tmp_path):
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own of a given size, for one script; needs the right to mount in a namespace of its own."""
-    if not CAN_MOUNT:
-        pytest.skip(
-            "this system does not let a process mount a file system of its own; see the test before this one"
-        )
+# Run with the right to mount, in a namespace of its own. Importing train.py takes longer than all
+# the rest, so that is done once; each command is a fork, which ends as a process of its own does.
+SMALL_DISKS = """
+import gc, glob, json, os, subprocess, sys, tempfile
+import train
 
-    def run(size, script):
-        (tmp_path / "disk").mkdir(exist_ok=True)
-        script = f"set -e; mount -t tmpfs -o size={size} tmpfs {tmp_path}/disk; D={tmp_path}/disk; {script}"
-        return subprocess.run(
-            ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True
-        )
+gc.freeze()  # else each fork would visit all objects of its parent at its end, which takes seconds
+here, *flags = sys.argv[1:]
+told = {}
 
-    return run
+def mount(name, size):
+    os.mkdir(f"{here}/{name}")
+    arguments = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", f"{here}/{name}"]
+    subprocess.run(["mount", *arguments], check=True)
+
+def command(name, *argv):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            train.main(list(argv))
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        err.seek(0)
+        told[name] = code, err.read()
+
+mount("disk", "15m")
+run = f"{here}/disk/run"
+command("full", *flags, f"--run_dir={run}", "--checkpoint_interval=1")
+for folder in glob.glob(f"{run}/checkpoint-*"):
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
+told["files"] = os.listdir(run)
+subprocess.run(["mount", "-o", "remount,size=64m", f"{here}/disk"], check=True)
+command("resumed", f"--resume={run}")
+subprocess.run(["mv", run, f"{here}/resumed"], check=True)
+mount("logs", "40k")
+command("logs", *flags, f"--run_dir={here}/logs/run", "--steps=40", "--checkpoint_interval=0")
+print("TOLD" + json.dumps(told))
+"""
 
 
-TRAIN = (
-    f"{sys.executable} train.py --preset tiny --device cpu --steps 4 --rollouts_per_step 2 --group_size 4 "
-    "--train_batch_size 8 --max_new_tokens 8 --eval_interval 0 --run_dir $D/run"
+@cache
+def small_disks():
+    """What happened on two small file systems: a folder, and by name the exit code and stderr."""
+    here = FEW[0].parent / "small-disks"
+    here.mkdir()
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", SMALL_DISKS, here, *short_run()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return here, json.loads(done.stdout.split("TOLD")[1])
+
+
+def short_run():
+    """The flags of a short run, but for its folder."""
+    sizes = [
+        "--rollouts_per_step=2",
+        "--group_size=4",
+        "--train_batch_size=8",
+        "--max_new_tokens=8",
+    ]
+    run = ["--preset=tiny", "--device=cpu", "--steps=4", "--eval_interval=0"]
+    return [*run, *sizes, f"--dataset={FEW[0]}"]
+
+
+needs_mount = pytest.mark.skipif(
+    not CAN_MOUNT,
+    reason="this system does not let a process mount a file system of its own; see the test before",
 )
 
 
-def test_a_full_disk(small_disk, tmp_path):
-    """No room for all checkpoints: a sentence, those before it whole; with room again the run goes on exactly."""
-    code = f"""{TRAIN} --checkpoint_interval 1 && exit 9 || echo code $? >&2
-        for c in $D/run/checkpoint-*; do (cd $c && sha256sum --quiet -c SHA256SUMS); done; ls -A $D/run >&2
-        mount -o remount,size=64m $D
-        {sys.executable} train.py --resume $D/run; mv $D/run {tmp_path}/resumed"""
-    done = small_disk("15m", code)
-    assert done.returncode == 0, done.stderr
-    assert (
-        "code 2" in done.stderr
-        and done.stderr.count("error: ") == 1
-        and "Traceback" not in done.stderr
+@needs_mount
+def test_a_full_disk(tmp_path):
+    """No room for all checkpoints: a sentence, those before it whole; with room again the run goes
+    on exactly."""
+    here, told = small_disks()
+    code, said = told["full"]
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in said, said
+    assert "were free); make room, then go on with --resume" in said
+    assert "Checkpoints that are there: checkpoint-1" in said
+    assert "checkpoint-1" in told["files"] and ".partial" not in str(told["files"])
+    assert told["resumed"][0] == 0, told["resumed"][1]
+    train.main([*short_run(), f"--run_dir={tmp_path}/whole"])
+    assert metrics(here / "resumed") == metrics(tmp_path / "whole")
+    resumed, whole = (
+        (run / "checkpoint-4" / "model.safetensors").read_bytes()
+        for run in (here / "resumed", tmp_path / "whole")
     )
-    assert "were free); make room, then go on with --resume" in done.stderr
-    assert (
-        "Checkpoints that are there: checkpoint-1" in done.stderr and ".partial" not in done.stderr
-    )
-    train.main(TRAIN.replace("$D/run", str(tmp_path / "whole")).split()[2:])
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
-    names = [tmp_path / run / "checkpoint-4" / "model.safetensors" for run in ("resumed", "whole")]
-    assert names[0].read_bytes() == names[1].read_bytes()
+    assert resumed == whole
 
 
-def test_a_disk_that_is_full_of_logs(small_disk):
+@needs_mount
+def test_a_disk_that_is_full_of_logs():
     """TensorBoard's file, or the metrics, whichever is first."""
-    done = small_disk(
-        "60k", f"{TRAIN.replace('--steps 4', '--steps 40')} --checkpoint_interval 0 || exit $?"
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert (
-        len([line for line in done.stderr.splitlines() if line.startswith("error: Cannot write")])
-        == 1
-    )
+    code, said = small_disks()[1]["logs"]
+    assert code == 2 and "Traceback" not in said, said
+    errors = [line for line in said.splitlines() if line.startswith("error: Cannot write")]
+    assert len(errors) == 1

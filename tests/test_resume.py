@@ -1,4 +1,5 @@
-"""Exact resume: a run that was killed and one that never was have the same metrics and weights, bit for bit.
+"""Exact resume: a run that was killed and one that never was have the same metrics and weights, bit
+for bit.
 
 The processes that are really killed, at random moments, are those of benchmarks/kill_resume.py.
 """
@@ -11,12 +12,15 @@ import signal
 import pytest
 import torch
 from conftest import metrics
+from steps import copy_of, shared_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-import checkpoint
 import train
-from loss import OBJECTIVES
+from objectives.table import OBJECTIVES
+from support import checkpoint, schedule
+from support.command_line import parse_config
+from support.errors import UserError
 
 CHOICES = [
     *([f"--objective={name}"] for name in OBJECTIVES),
@@ -26,6 +30,7 @@ CHOICES = [
         "--group_size=3",
         "--rollouts_per_step=5",
         "--train_batch_size=7",
+        "--micro_batch_size=4",
     ],
     [
         "--objective=dapo",
@@ -60,52 +65,40 @@ def same_checkpoint(run, other, name):
 ALWAYS = ["--reward", "accuracy", "length_penalty", "--reward_weights", "1", "0.5"]
 
 
-def ten_questions(path, few_questions):
-    """Ten, so that the steps of a run cross an epoch's end."""
-    lines = (few_questions / "train.jsonl").read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:10]))
-    return [f"--dataset={path}", f"--eval_dataset={few_questions}"]
-
-
 @pytest.mark.parametrize("flags", CHOICES, ids=" ".join)
 def test_a_resumed_run_equals_one_that_never_stopped(tiny_run, tmp_path, few_questions, flags):
-    """Killed in step 3 and resumed from step 2: two epochs over each rollout, an evaluation in every step."""
-    few = ten_questions(tmp_path / "few.jsonl", few_questions)
-    whole = tiny_run(
-        "whole",
-        *few,
-        "--steps=3",
-        "--epochs_per_step=2",
-        "--eval_interval=1",
-        "--eval_questions=5",
-        *ALWAYS,
-        *flags,
-    )
+    """Killed in step 2 and resumed from step 1: two epochs over each rollout, an evaluation in
+    every step."""
+    # Few questions, so that the run crosses the end of an epoch.
+    lines = (few_questions / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:5]))
+    few = [f"--dataset={tmp_path}/few.jsonl", f"--eval_dataset={few_questions}"]
+    sizes = ["--rollouts_per_step=3", "--micro_batch_size=8", "--max_new_tokens=12"]
+    often = ["--steps=2", "--epochs_per_step=2", "--eval_interval=1", "--eval_questions=5"]
+    whole = tiny_run("whole", *few, *sizes, *often, "--checkpoint_interval=1", *ALWAYS, *flags)
     assert all(row["train/grad_norm"] > 0 for row in metrics(whole)[1:]), (
         "every step must have trained"
     )
-    killed = tmp_path / "killed"
-    shutil.copytree(whole, killed)
-    shutil.rmtree(killed / "checkpoint-3")
+    killed = copy_of(whole, tmp_path / "killed")
+    shutil.rmtree(killed / "checkpoint-2")
     with (killed / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "half a li')
+        file.write('{"step": 3, "half a li')
     tiny_run("killed", f"--resume={killed}")
     assert metrics(killed) == metrics(whole)
-    assert same_checkpoint(killed, whole, "checkpoint-3")
-    position = train.checkpoint.load_state(
-        killed / "checkpoint-3", train.parse_config([f"--resume={killed}"])[0]
-    ).position
-    assert position > 10, "an epoch has ended"
+    assert same_checkpoint(killed, whole, "checkpoint-2")
+    config, _ = parse_config([f"--resume={killed}"])
+    assert checkpoint.load_state(killed / "checkpoint-2", config).position > 5, "an epoch has ended"
 
 
 def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
-    """Each step once and as in metrics.jsonl, though killed twice, the last time in the middle of a record.
+    """Each step once and as in metrics.jsonl, though killed twice, the last time in the middle of a
+    record.
 
     Read without TensorBoard's own clean-up (purge_orphaned_data), which not all of its readers do.
     """
-    killed = tiny_run("killed", "--steps=6", "--checkpoint_interval=2", "--eval_interval=1")
+    killed = tiny_run("killed", "--steps=4", "--checkpoint_interval=2", "--eval_interval=1")
     for _ in range(2):
-        shutil.rmtree(killed / "checkpoint-6")
+        shutil.rmtree(killed / "checkpoint-4")
         for events in killed.glob("events.*"):
             with events.open("ab") as file:
                 file.write(b"\x18\x00\x00\x00")  # the begin of a record's length
@@ -115,7 +108,7 @@ def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
     )
     log.Reload()
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows] == list(range(5))
     tags = {name for row in rows for name in row} - {"step"}
     assert tags == set(log.Tags()["scalars"])
     for tag in tags:
@@ -127,38 +120,48 @@ def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
         for e in EventFileLoader(str(f)).Load()
         if e.HasField("session_log")
     ]
-    assert [e.step for e in starts][-1] == 5, (
+    assert [e.step for e in starts][-1] == 3, (
         "and a reader that is looking on is told from where on to forget"
     )
     pages = [e.step for e in log.Tensors("samples/completion_1/text_summary")]
-    assert pages == list(range(1, 7))
+    assert pages == list(range(1, 5))
+
+
+WHOLE = ["--steps=3", "--eval_interval=2", *ALWAYS]  # of a shared run that is never stopped
 
 
 def test_killed_before_the_first_checkpoint(tiny_run):
-    """Nothing to resume from but the folder: the run begins again, and step 0 is in the log once."""
-    whole = tiny_run("whole")
-    killed = tiny_run("killed", "--steps=1", "--checkpoint_interval=0")
-    tiny_run("killed", f"--resume={killed}", "--steps=4", "--checkpoint_interval=2")
-    assert metrics(killed) == metrics(whole)
+    """Nothing to resume from but the folder: the run begins again, and step 0 is in the log
+    once."""
+    killed = tiny_run("killed", *WHOLE, "--steps=1", "--checkpoint_interval=0")
+    tiny_run("killed", f"--resume={killed}", "--steps=3", "--checkpoint_interval=2")
+    whole = shared_run(*WHOLE)
+    assert metrics(killed) == metrics(whole) and len(metrics(whole)) == 4
 
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
-    """Whoever runs the tests may ignore some: nohup, or a shell that has put them in the background."""
+    """Whoever runs the tests may ignore some: nohup, or a shell that has put them in the
+    background."""
     usual = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,
     }
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    yield
+    yield usual
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
+def handlers():
+    """What happens at each of the three signals now."""
+    return {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
 def kill_in_step(monkeypatch, number, step=1):
     """Have the process killed in the middle of a step."""
-    real, calls = train.compare, []
+    real, calls = train.add_log_probs, []
 
     def interrupt(*args):
         calls.append(1)
@@ -166,98 +169,133 @@ def kill_in_step(monkeypatch, number, step=1):
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(train, "compare", interrupt)
-    return lambda: monkeypatch.setattr(train, "compare", real)
+    monkeypatch.setattr(train, "add_log_probs", interrupt)
+    return lambda: monkeypatch.setattr(train, "add_log_probs", real)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_polite_kill_saves_first_and_loses_nothing(tiny_run, monkeypatch, number):
-    """The signal comes in step 3 of 4; the step is finished and saved, and the resumed run equals the whole one."""
-    whole = tiny_run("whole", "--checkpoint_interval=100")
-    undo = kill_in_step(monkeypatch, number, step=3)
-    stopped = tiny_run("stopped", "--checkpoint_interval=100")
-    assert [p.name for p in checkpoint.checkpoints(stopped)] == ["checkpoint-3"]
-    assert [row["step"] for row in metrics(stopped)] == [0, 1, 2, 3]
+def test_a_polite_kill_saves_first_and_loses_nothing(
+    tiny_run, monkeypatch, signals_as_in_a_terminal, number
+):
+    """The signal comes in step 2 of 3; the step is finished and saved, and the resumed run equals
+    the whole one."""
+    whole = shared_run(*WHOLE)
+    flags = [*WHOLE, "--checkpoint_interval=100"]
+    undo = kill_in_step(monkeypatch, number, step=2)
+    stopped = tiny_run("stopped", *flags)
+    assert [p.name for p in checkpoint.checkpoints(stopped)] == ["checkpoint-2"]
+    assert [row["step"] for row in metrics(stopped)] == [0, 1, 2]
+    assert handlers() == signals_as_in_a_terminal, "what was there before is there again"
     undo()
     tiny_run("stopped", f"--resume={stopped}")
     assert metrics(stopped) == metrics(whole)
-    assert same_checkpoint(stopped, whole, "checkpoint-4")
+    assert same_checkpoint(stopped, whole, "checkpoint-3")
 
 
-def test_the_second_ctrl_c_stops_at_once(tiny_run, tmp_path, monkeypatch, capsys):
-    real = train.compare
+def test_the_second_ctrl_c_stops_at_once(
+    tiny_run, tmp_path, monkeypatch, capsys, signals_as_in_a_terminal
+):
+    real = train.add_log_probs
 
     def interrupt(*args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(train, "compare", interrupt)
+    monkeypatch.setattr(train, "add_log_probs", interrupt)
     with pytest.raises(SystemExit) as caught:
         tiny_run("stopped", "--eval_interval=0")
     assert caught.value.code == 130 and "once more stops at once" in capsys.readouterr().out
     assert not checkpoint.checkpoints(tmp_path / "stopped") and not metrics(tmp_path / "stopped")
-    before = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL)
-    found = tuple(signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    assert found == before, "what was there before is there again"
+    assert handlers() == signals_as_in_a_terminal, "what was there before is there again"
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "raised"),
+    [
+        ("add_log_probs", UserError("the input is wrong"), SystemExit),
+        ("add_log_probs", RuntimeError("the code is wrong"), RuntimeError),
+        ("update", RuntimeError("the code is wrong"), RuntimeError),
+        ("update", OSError(28, "No space left on device"), SystemExit),
+    ],
+    ids=["input", "code", "code in the update", "disk"],
+)
+def test_after_an_error_in_a_step_the_signals_are_what_they_were(
+    tiny_run, tmp_path, monkeypatch, signals_as_in_a_terminal, place, error, raised
+):
+    """And the folder is free again."""
+    seen = []
+
+    def fail(*args):
+        seen.append(handlers())
+        raise error
+
+    monkeypatch.setattr(train, place, fail)
+    with pytest.raises(raised):
+        tiny_run("failed", *ALWAYS, "--steps=1", "--eval_interval=0", "--group_size=2")
+    assert [type(h.__self__) for h in seen[0].values()] == [schedule.Interruption] * 3
+    assert handlers() == signals_as_in_a_terminal
+    checkpoint.lock(tmp_path / "failed").release()
 
 
 def test_a_reward_that_fails_costs_no_step(tiny_run, tmp_path, capsys):
-    """It fails in step 4, once; the steps that were done are saved, and the run goes on as if nothing had been."""
+    """It fails in step 3, once; the steps that were done are saved, and the run goes on as if
+    nothing had been."""
     (tmp_path / "mine.py").write_text(
         "from pathlib import Path\n"
         "def short(prompts, completions, **columns):\n"
         "    calls = Path(__file__).with_name('calls')\n"
         "    calls.write_text(calls.read_text() + '.' if calls.exists() else '.')\n"
-        "    if len(calls.read_text()) == 4:\n"
+        "    if len(calls.read_text()) == 3:\n"
         "        raise OSError('the judge does not answer')\n"
         "    return [-len(c) / 50 for c in completions]\n"
     )
     flags = [
         f"--reward={tmp_path}/mine.py:short",
         "--checkpoint_interval=100",
-        "--steps=6",
-        "--eval_interval=4",
+        "--steps=4",
+        "--eval_interval=3",
     ]
     with pytest.raises(SystemExit):
         tiny_run("failed", *flags)
     said, failed = capsys.readouterr().err, tmp_path / "failed"
     assert "the judge does not answer" in said and f"go on with --resume {failed}." in said
-    assert [p.name for p in checkpoint.checkpoints(failed)] == ["checkpoint-3"]
+    assert [p.name for p in checkpoint.checkpoints(failed)] == ["checkpoint-2"]
     tiny_run("failed", f"--resume={failed}")
     (tmp_path / "calls").write_text("." * 10)
     whole = tiny_run("whole", *flags)
-    assert metrics(failed) == metrics(whole) and same_checkpoint(failed, whole, "checkpoint-6")
+    assert metrics(failed) == metrics(whole) and same_checkpoint(failed, whole, "checkpoint-4")
 
 
 def test_a_failure_does_not_save_a_checkpoint_twice(tiny_run, tmp_path, monkeypatch):
-    """Where the last step was saved already, and where there is none; nor where the user wants no checkpoints."""
-    saved, real = [], train.save
-    monkeypatch.setattr(
-        train, "save", lambda t, run_dir, step: (saved.append(step), real(t, run_dir, step))
-    )
+    """Where the last step was saved already, and where there is none; nor where the user wants no
+    checkpoints."""
+    folder = copy_of(shared_run(), tmp_path / "a")  # with a checkpoint of step 2, its last one
+    saved, real = [], schedule.save
+    monkeypatch.setattr(schedule, "save", lambda run, step: (saved.append(step), real(run, step)))
     (tmp_path / "mine.py").write_text(
         "def bad(prompts, completions, **columns):\n    return [1 / 0]\n"
     )
-    flags = [f"--reward={tmp_path}/mine.py:bad"]
-    folder = tiny_run("a", "--steps=2")
+    flags = [f"--reward={tmp_path}/mine.py:bad", "--eval_interval=0"]
     for argv in ([f"--resume={folder}", "--steps=4", *flags], ["--checkpoint_interval=0", *flags]):
         with pytest.raises(SystemExit):
             tiny_run("a" if argv[0].startswith("--resume") else "b", *argv)
-    assert saved == [2]
+    assert saved == []
     (tmp_path / "late.py").write_text(
         "calls = []\ndef late(prompts, completions, **columns):\n"
         "    calls.append(1)\n    return [1 / (len(calls) != 3) for _ in completions]\n"
     )
     with pytest.raises(SystemExit):  # in step 3, and step 2 was saved in this process
-        tiny_run("c", f"--reward={tmp_path}/late.py:late", "--steps=4")
-    assert saved == [2, 2]
+        tiny_run("c", f"--reward={tmp_path}/late.py:late", "--steps=4", "--eval_interval=0")
+    assert saved == [2]
 
 
 def test_under_nohup_a_lost_terminal_stops_nothing(tiny_run, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        kill_in_step(monkeypatch, signal.SIGHUP, step=2)
-        assert [row["step"] for row in metrics(tiny_run("a"))] == [0, 1, 2, 3, 4]
+        kill_in_step(monkeypatch, signal.SIGHUP, step=1)
+        rows = metrics(tiny_run("a", "--steps=2", "--eval_interval=0"))
+        assert [row["step"] for row in rows] == [1, 2]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -1,35 +1,38 @@
-"""The whole update, from sampled completions to new weights, against a plain one that shares no code with it.
+"""The whole update, from sampled completions to new weights, against a plain one that shares no
+code with it.
 
-Every knob that shapes the mathematics is off its default, so that one which is not passed on, or passed on twice,
-shows. The slow side computes each completion alone, with all its logits, in loops, and steps with torch's own AdamW.
+Every option that shapes the mathematics is off its default, so that one which is not passed on, or
+passed on twice, shows. The slow side computes each completion alone, with all its logits, in loops,
+and steps with torch's own AdamW.
 """
 
 import copy
-import dataclasses
+from dataclasses import replace
 
 import pytest
+import steps
 import torch
 
 import train
-from config import parse_config
+from support.generation import Sampling
+from support.model import load_model
+from support.schedule import seed_step
 
 FLAGS = [
-    "--preset=tiny", "--device=cpu", "--rollouts_per_step=4", "--group_size=5", "--max_new_tokens=40", "--eval_interval=0",
-    "--train_batch_size=7", "--micro_batch_size=3", "--epochs_per_step=2", "--temperature=0.7", "--clip_eps=0.05",
-    "--clip_eps_high=0.11", "--kl_weight=0.3", "--lr=3e-4", "--warmup_steps=4", "--weight_decay=0.1", "--max_norm=0.2",
-    "--reward=tutorial",
+    "--rollouts_per_step=4", "--group_size=5", "--max_new_tokens=40", "--train_batch_size=7", "--micro_batch_size=3",
+    "--epochs_per_step=2", "--temperature=0.7", "--clip_eps=0.05", "--clip_eps_high=0.11", "--kl_weight=0.3", "--lr=3e-4",
+    "--warmup_steps=4", "--weight_decay=0.1", "--max_norm=0.2", "--reward=tutorial",
 ]  # fmt: skip
 
 
-def build(*flags):
-    config, _ = parse_config([*FLAGS, *flags])
-    t = train.build(config, None)
-    # The policy starts away from the reference, so that the KL has a gradient from the first step on.
+def build(tmp_path, dataset, *flags):
+    trainer = steps.build(tmp_path, dataset, *FLAGS, *flags)
+    # The policy starts away from the reference, so that the KL has a gradient from the beginning.
     torch.manual_seed(5)
     with torch.no_grad():
-        for p in t.model.parameters():
+        for p in trainer.policy.parameters():
             p += 0.01 * torch.randn_like(p)
-    return t
+    return trainer
 
 
 def log_probs_alone(model, prompt, completion, temperature):
@@ -89,53 +92,49 @@ def plain_update(
     ],
     ids=["grpo", "token-mean-without-std", "bnpo-without-kl"],
 )
-def test_the_update_equals_a_plain_one(tmp_path, flags, std, token_mean, kl_weight):
-    t = build(*flags)
-    t.monitor.open(tmp_path)
-    model, before = copy.deepcopy(t.model), [p.clone() for p in t.model.parameters()]
-    reference = train.load_model("tiny/model", "fp32")
+def test_the_update_equals_a_plain_one(tmp_path, few_questions, flags, std, token_mean, kl_weight):
+    trainer = build(tmp_path, few_questions, *flags)
+    policy = trainer.policy.model
+    model, before = copy.deepcopy(policy), [p.clone() for p in policy.parameters()]
+    reference = load_model("tiny/model", "fp32")
     step = 2  # of 4 warm-up steps
-    train.seed_step(t.config.seed, step)
-    groups = train.mark(t, train.ask(t, 4))
+    groups = steps.sample(trainer, step=step)
     returns = torch.stack([g.returns for g in groups])
     returns[0, 0] += 0.25  # rewards of more than two values, and a spread in at least this group
     returns[1] = 1.0  # and one group without any
-    buffer = train.ReplayBuffer()
-    groups = [dataclasses.replace(g, returns=r) for g, r in zip(groups, returns, strict=True)]
-    train.remember(t, buffer, groups, train.compare(t, groups))
+    groups = [replace(g, returns=r) for g, r in zip(groups, returns, strict=True)]
+
+    # The whole step by the real loop; its buffer and its random numbers say what was in each batch.
+    buffer = steps.one_step(trainer, groups, step=step)
+    row = trainer.monitor.flush(step, 4)
+    index = {id(e): i for i, e in enumerate(buffer.items)}
+    drawn = buffer.mini_batches(7, 2, seed_step(trainer.config.seed, step))
+    batches = [[index[id(e)] for e in batch] for batch in drawn]
+    assert [len(b) for b in batches] == [7, 7, 6] * 2 and batches[:3] != batches[3:]
 
     completions = [c.ids for g in groups for c in g.completions]
     prompts = [g.question.prompt_ids for g in groups for _ in range(5)]
-    generator = torch.Generator().manual_seed(3)
-    index = {id(e): i for i, e in enumerate(buffer.items)}
-    batches = [
-        [index[id(e)] for e in b] for _ in range(2) for b in buffer.mini_batches(7, generator)
-    ]
-    assert [len(b) for b in batches] == [7, 7, 6] * 2 and batches[:3] != batches[3:]
     loss, norm, kl = plain_update(
         model, reference, prompts, completions, returns.tolist(), batches, step,
         std=std, token_mean=token_mean, kl_weight=kl_weight,
     )  # fmt: skip
 
-    train.learn(t, buffer, step, torch.Generator().manual_seed(3))
-    row = t.monitor.flush(step, 4)
-    assert row["train/lr"] == pytest.approx(1.5e-4) and row["train/skipped_steps"] == 0
+    (optimized,) = trainer.optimizer.param_groups
+    assert optimized["lr"] == pytest.approx(1.5e-4) and row["train/skipped_steps"] == 0
     assert 0 < row["train/clipped_share"] < 1, "the clip must act, or this test does not see it"
     assert row["train/grad_norm"] > 0.2, "and so must the clipping of the gradient"
     assert row["train/grad_norm"] == pytest.approx(norm, rel=0.01)
     assert row["train/loss"] == pytest.approx(loss, rel=0.01, abs=1e-4)
     assert row.get("train/kl_divergence", kl) == pytest.approx(kl, rel=0.01)
-    for found, plain, start in zip(t.model.parameters(), model.parameters(), before, strict=True):
+    for found, plain, start in zip(policy.parameters(), model.parameters(), before, strict=True):
         moved = (plain - start).norm()
         assert moved > 0
         assert (found - plain).norm() < 0.01 * moved
 
 
-def test_the_samplers_settings_are_the_runs(tmp_path, monkeypatch):
-    t = build("--top_p=0.9", "--rollout_batch_size=11")
-    t.monitor.open(tmp_path)
-    asked = []
-    real = train.rollout
+def test_the_samplers_settings_are_the_runs(tmp_path, few_questions, monkeypatch):
+    trainer = build(tmp_path, few_questions, "--top_p=0.9", "--rollout_batch_size=11")
+    asked, real = [], train.rollout
     monkeypatch.setattr(train, "rollout", lambda *args: asked.append(args[3:5]) or real(*args))
-    train.ask(t, 2)
-    assert asked == [(5, train.Sampling(40, temperature=0.7, top_p=0.9, batch_size=11))]
+    steps.sample(trainer, 2)
+    assert asked == [(5, Sampling(40, temperature=0.7, top_p=0.9, batch_size=11))]
