@@ -38,20 +38,29 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for tests/test_families.py
 
-from common import machine, metrics_of, positive, versions  # noqa: E402
+from common import (
+    RESULTS,
+    machine,
+    metrics_of,
+    positive,
+    read_jsonl,
+    table,
+    versions,
+    write_jsonl,
+    write_lines,
+)
 
-import train  # noqa: E402
-from loss import sequences_log_probs, token_log_probs  # noqa: E402
-from replay_buffer import Experience, pad_batch  # noqa: E402
-from rollout import complete  # noqa: E402
-from support.command_line import Parser  # noqa: E402
-from support.errors import choose, command  # noqa: E402
-from support.generation import Sampling  # noqa: E402
-from support.model import load_model, load_tokenizer  # noqa: E402
-from support.shared_prompts import share_prompts, shared_log_probs  # noqa: E402
+import train
+from loss import sequences_log_probs, token_log_probs
+from replay_buffer import Experience, pad_batch
+from rollout import complete
+from support.command_line import Parser
+from support.errors import choose, command
+from support.generation import Sampling
+from support.model import load_model, load_tokenizer
+from support.shared_prompts import share_prompts, shared_log_probs
 
 CLOSE = 1e-4  # of log-probabilities that should be the same
 TOLERANCE = 0.05  # what support/preflight.py lets through
@@ -362,28 +371,25 @@ def report(rows: list[dict], out: Path) -> None:
     """families.md: how many of each outcome, then every type; families.jsonl: the same rows."""
     counts = Counter(row["outcome"] for row in rows)
     lines = [
-        f"`python benchmarks/families.py` on {machine(torch.device('cpu'))}, one thread each; "
-        f"{versions()}.",
+        f"`python benchmarks/families.py` on {machine()}, one thread each; {versions()}.",
         "",
         f"{len(rows)} of the {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal language model types "
         "of transformers, each with a tiny config and random weights: run, checkpoint and resume "
         "bit for bit, greedy completions, a step in bf16, and the gap between the "
         "log-probabilities of sampler, trainer and a plain forward pass.",
         "",
-        "| outcome | types | meaning |",
-        "|---|---|---|",
-        *(f"| {name} | {counts[name]} | {meaning} |" for name, meaning in OUTCOMES.items()),
+        *table(["outcome", "types", "meaning"], [[k, counts[k], v] for k, v in OUTCOMES.items()]),
         "",
-        "| type | outcome | largest gap | seconds | why |",
-        "|---|---|---|---|---|",
+        *table(["type", "outcome", "largest gap", "seconds", "why"], map(cells, rows)),
     ]
-    for row in rows:
-        cells = [row.get(name, "") for name in ("type", "outcome", "gap", "seconds", "why")]
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "families.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    data = "".join(json.dumps(row) + "\n" for row in rows)
-    (out / "families.jsonl").write_text(data, encoding="utf-8")
+    write_lines(out / "families.md", lines)
+    write_jsonl(out / "families.jsonl", rows)
+
+
+def cells(row: dict) -> list[str]:
+    """A row of the table."""
+    values = (row.get(name, "") for name in ("type", "outcome", "gap", "seconds", "why"))
+    return [str(value).replace("|", "\\|") for value in values]
 
 
 @command
@@ -394,15 +400,13 @@ def main(argv: list[str]) -> None:
     flag("--types", nargs="+", metavar="TYPE", help="their rows are made anew; else all are")
     flag("--seconds", type=positive, default=90, help="the most that one type may take")
     flag("--jobs", type=positive, default=1, help="types at a time, each on one thread")
-    flag("--out", type=Path, default=HERE.parent / "results")
+    flag("--out", type=Path, default=RESULTS)
     flag("--traces", action="store_true", help="print the traceback of a FAULT")
     args = parser.parse_args(argv)
     known = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     kinds = [choose(k, known, "causal language model type") for k in args.types or known]
-    earlier, rows = args.out / "families.jsonl", {}
-    if args.types and earlier.exists():
-        lines = earlier.read_text(encoding="utf-8").splitlines()
-        rows = {row["type"]: row for row in map(json.loads, lines)}
+    earlier = read_jsonl(args.out / "families.jsonl") if args.types else []
+    rows = {row["type"]: row for row in earlier}
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with ThreadPoolExecutor(args.jobs) as pool:
