@@ -163,10 +163,11 @@ class GRPOLoss(nn.Module):
 
     def clipped_tokens(self, log_probs: Tensor, old: Tensor, batch: Experience) -> Tensor:
         """The tokens that the clip leaves without a gradient, bool (B, C)."""
-        advantages = batch.advantages.unsqueeze(-1)
-        ratio = bounded_exp(log_probs - old)
+        advantages, log_ratio = batch.advantages.unsqueeze(-1), log_probs - old
+        ratio = bounded_exp(log_ratio)
         too_high = (advantages > 0) & (ratio > 1 + self.clip_eps)
-        return too_high | ((advantages < 0) & (ratio < 1 - self.clip_eps))
+        too_low = (advantages < 0) & (ratio < 1 - self.clip_eps)
+        return too_high | too_low | (advantages != 0) & (log_ratio.abs() > LOG_RATIO_LIMIT)
 
     def kl(self, log_probs: Tensor, old: Tensor, batch: Experience) -> Tensor:
         """The KL to the reference at each token, (B, C)."""

@@ -1,4 +1,4 @@
-"""Laws that loss.py obeys whatever the numbers are: symmetries, bounds, identities. Hypothesis looks for exceptions."""
+"""Laws that loss.py and objectives/ obey whatever the numbers are: symmetries, bounds, identities. Hypothesis looks for exceptions."""
 
 import math
 from dataclasses import replace
@@ -8,16 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loss import (
-    NAMES,
-    OBJECTIVES,
-    GRPOLoss,
-    approx_kl_divergence,
-    build_objective,
-    group_advantages,
-    has_spread,
-    token_weights,
-)
+from loss import rewards_differ
+from objectives.equations import ObjectiveLoss, build_loss, kl_divergence, token_weights
+from objectives.table import CHOICES, OBJECTIVES, find_objective
 from replay_buffer import Experience, pad_batch
 
 
@@ -71,7 +64,7 @@ def total(rewards):
 
 
 def advantages(row, rewards):
-    return group_advantages(total(rewards), build_objective(row), rewards, [1.0, 0.25])
+    return build_loss(find_objective(row)).advantages(total(rewards), rewards, [1.0, 0.25])
 
 
 def sample(seed, spread=0.5, dtype=torch.float64):
@@ -85,7 +78,7 @@ def sample(seed, spread=0.5, dtype=torch.float64):
         )
         move, far, sampled = torch.randn(3, n, generator=g, dtype=torch.float64)
         e = replace(
-            Experience.of([1], [2] * n, 0.0, 0.0),
+            Experience.of([1], [2] * n),
             advantages=a[0].to(dtype),
             action_log_probs=old.to(dtype),
         )
@@ -103,9 +96,12 @@ def sample(seed, spread=0.5, dtype=torch.float64):
 
 def value_and_gradient(row, log_probs, e, **columns):
     """Of the loss of one row, entropies and exact KL being made up from the log-probabilities."""
-    o = build_objective(row, **columns)
-    weights = token_weights(e.action_mask.sum(-1).tolist(), o.loss_agg_mode, 6.0).to(log_probs)
-    loss, metrics = GRPOLoss(o)(log_probs, e, weights, -log_probs, log_probs.square())
+    o = find_objective(row, **columns)
+    # In a run a policy mask comes with --top_entropy, which the paper's row does not have.
+    module = build_loss(o) if e.policy_mask is None else ObjectiveLoss(o)
+    weights = module.token_weights(e.action_mask.sum(-1).tolist(), 6).to(log_probs)
+    exact_kl = log_probs.square() if o.needs_exact_kl else None
+    loss, metrics = module(log_probs, e, weights, -log_probs, exact_kl)
     assert all(value.isfinite() for value, _ in metrics.values())
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0]
 
@@ -180,8 +176,8 @@ def test_the_advantages_of_a_group_add_up_to_zero(row, rewards):
 def test_equal_rewards_give_exactly_zero(row, value, size, others):
     """Whatever their magnitude, alone or beside other groups; there the mean of whitening is a hair beside 0."""
     equal = torch.full((1, 3, size), value)
-    assert not has_spread(equal).any()
-    found = group_advantages(equal[0], build_objective(row), equal, [1.0])
+    assert not rewards_differ(equal).any()
+    found = build_loss(find_objective(row)).advantages(equal[0], equal, [1.0])
     assert (found == (equal[0] if row in NO_BASELINE else 0.0)).all()
     beside = others.clone()
     beside[:, 0] = beside[:, 0, :1]
@@ -198,11 +194,11 @@ def test_equal_rewards_give_exactly_zero(row, value, size, others):
         st.one_of(st.none(), st.floats(-(2.0**100), 2.0**100, width=32)), min_size=1, max_size=6
     )
 )
-def test_has_spread_is_max_above_min(values):
+def test_rewards_differ_is_max_above_min(values):
     """NaN has no part in it, and a group of nobody has none."""
     there = [v for v in values if v is not None]
     group = torch.tensor([math.nan if v is None else v for v in values])
-    assert bool(has_spread(group)) == (len(set(there)) > 1)
+    assert bool(rewards_differ(group)) == (len(set(there)) > 1)
 
 
 @rows
@@ -213,7 +209,7 @@ def test_has_spread_is_max_above_min(values):
 def test_extreme_rewards_stay_finite(row, rewards):
     """One group, equal ones, huge and tiny ones, in float32."""
     rewards = torch.tensor([rewards])
-    found = group_advantages(rewards[0], build_objective(row), rewards, [1.0])
+    found = build_loss(find_objective(row)).advantages(rewards[0], rewards, [1.0])
     assert found.isfinite().all() and found.dtype == torch.float32
     log_probs, e = sample(0, dtype=torch.float32)
     e = replace(e, advantages=found.flatten().repeat(5)[:5])
@@ -300,7 +296,7 @@ def test_clip_stops_the_optimistic_side_and_dual_clip_the_far_one(log_r, a, low,
     if min(abs(r - edge) for edge in (1 - low, 1 + high, c)) < 1e-9 or abs(a) < 1e-9:
         return
     e = replace(
-        Experience.of([1], [2], 0.0, a), action_log_probs=torch.tensor([-4.0], dtype=torch.float64)
+        Experience.of([1], [2]), action_log_probs=torch.tensor([-4.0], dtype=torch.float64)
     )
     e = replace(e, advantages=torch.tensor(a, dtype=torch.float64))
     idle = r > 1 + high if a > 0 else r < 1 - low
@@ -347,9 +343,9 @@ def test_extreme_log_probs_stay_finite(row, dtype):
                 advantages=torch.full((len(far),), sign, dtype=dtype), action_log_probs=base - far,
                 log_probs_ref=base - far.flip(-1), sampler_log_probs=base + far,
             )  # fmt: skip
-            whole = [c for c in NAMES["sampler_correction"] if not c.startswith("token")]
+            whole = [c for c in CHOICES["sampler_correction"] if not c.startswith("token")]
             for correction in (
-                whole if OBJECTIVES[row].spreads_gradient else NAMES["sampler_correction"]
+                whole if OBJECTIVES[row].couples_tokens else CHOICES["sampler_correction"]
             ):
                 loss, gradient = value_and_gradient(
                     row, log_probs, e, kl_weight=0.1, sampler_correction=correction
@@ -362,7 +358,7 @@ def test_extreme_log_probs_stay_finite(row, dtype):
 def test_the_weights_are_means(lengths, scale):
     """Weights × lengths add up to 1 for the two means; sums per completion are per completion that is not empty."""
     tokens, count = sum(lengths), sum(n > 0 for n in lengths)
-    for mode in NAMES["loss_agg_mode"]:
+    for mode in CHOICES["loss_agg_mode"]:
         weights = token_weights(lengths, mode, scale)
         assert (
             weights.isfinite().all()
@@ -380,14 +376,14 @@ def test_the_weights_are_means(lengths, scale):
 
 
 @law(100)
-@given(st.floats(-1e4, 1e4), st.sampled_from([k for k in NAMES["kl_estimator"] if k != "full"]))
+@given(st.floats(-1e4, 1e4), st.sampled_from([k for k in CHOICES["kl_estimator"] if k != "full"]))
 def test_estimators_are_finite_and_k3_and_k2_are_never_negative(d, name):
     """Also far away; 0 where the policy is the reference."""
     log_probs = torch.tensor(d, dtype=torch.float64, requires_grad=True)
-    found = approx_kl_divergence(log_probs, torch.tensor(0.0), name, log_probs.clamp(-20, 20).exp())
+    found = kl_divergence(log_probs, torch.tensor(0.0), name, log_probs.clamp(-20, 20).exp())
     assert found.isfinite() and torch.autograd.grad(found, log_probs)[0].isfinite()
     assert found >= 0 or name.removesuffix("+") in ("k1", "kl")
-    assert approx_kl_divergence(log_probs, log_probs, name, torch.tensor(1.0)) == 0
+    assert kl_divergence(log_probs, log_probs, name, torch.tensor(1.0)) == 0
 
 
 @law(50)
@@ -397,7 +393,7 @@ def test_estimators_agree_in_expectation(logits):
     now, ref = torch.tensor(logits, dtype=torch.float64).log_softmax(0).unbind(-1)
     kl = (now.exp() * (now - ref)).sum()
     assert kl >= -1e-15
-    for name in NAMES["kl_estimator"]:
+    for name in CHOICES["kl_estimator"]:
         if name.removesuffix("+") not in ("abs", "k2", "mse", "full"):
-            found = (now.exp() * approx_kl_divergence(now, ref, name, torch.ones_like(now))).sum()
+            found = (now.exp() * kl_divergence(now, ref, name, torch.ones_like(now))).sum()
             torch.testing.assert_close(found, kl, rtol=1e-10, atol=1e-14)

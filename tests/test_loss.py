@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from loss import (
+from loss import GRPOLoss, approx_kl_divergence, group_advantages
+from objectives.equations import (
     TOKEN_WEIGHTS,
-    GRPOLoss,
-    approx_kl_divergence,
-    build_objective,
-    group_advantages,
+    ObjectiveLoss,
+    build_loss,
+    objective_advantages,
     token_weights,
 )
+from objectives.table import find_objective
 from replay_buffer import Experience
 
 LENGTHS = [5, 1, 3, 2]
@@ -20,13 +21,15 @@ SCALE = 7.0
 
 
 def grpo(**columns):
-    return GRPOLoss(build_objective("grpo", **columns))
+    """The paper's row: loss.py alone, unless a column differs that it does not know."""
+    return build_loss(find_objective("grpo", **columns))
 
 
 def advantages(returns, normalize=True):
-    return group_advantages(
-        returns, build_objective("grpo", advantage_std="group" if normalize else "none")
-    )
+    if normalize:
+        return group_advantages(returns)
+    objective = find_objective("grpo", advantage_std="none")
+    return objective_advantages(returns, returns[None], [1.0], objective)
 
 
 def make_batch(seed=0, lengths=LENGTHS, with_old=True):

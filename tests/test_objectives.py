@@ -1,32 +1,30 @@
-"""Every row and every choice of loss.py against the papers: slow loops over scalars in float64, token by token.
+"""Every row and every choice of objectives/ against the papers: slow loops over scalars in float64, token by token.
 
-Nothing here calls or mirrors loss.py's helpers. A `Paper` is a row written a second time, as plain functions of plain
-numbers with `if`s, from the equations of the arXiv numbers that stand in loss.py; `either` notes which way each `if`
-went, so that a batch on which a branch is never taken fails instead of comparing nothing.
+Nothing here calls or mirrors the helpers of loss.py or equations.py. A `Paper` is a row written a second time, as plain
+functions of plain numbers with `if`s, from the equations of the arXiv numbers that stand there; `either` notes which way
+each `if` went, so that a batch on which a branch is never taken fails instead of comparing nothing.
 """
 
 import ast
 import inspect
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from errors import UserError
-from loss import (
-    NAMES,
-    OBJECTIVES,
-    GRPOLoss,
-    approx_kl_divergence,
-    build_objective,
-    contradiction,
-    group_advantages,
-    token_weights,
-)
+from loss import GRPOLoss, approx_kl_divergence
+from objectives import equations, table
+from objectives.equations import ObjectiveLoss, build_loss, kl_divergence, objective_advantages
+from objectives.table import CHOICES, OBJECTIVES, Objective, find_objective
 from replay_buffer import Experience, pad_batch
+from support.config import Config
+from support.errors import UserError
 
 MAX_NEW_TOKENS = 16
 TAKEN = set()
@@ -313,7 +311,7 @@ def choice(row, given, **other):
     return row, given, replace(ROWS[row], **other)
 
 
-# name: (row, columns given to build_objective, the same as a Paper)
+# name: (row, columns given to find_objective, the same as a Paper)
 CASES = {row: (row, {}, paper) for row, paper in ROWS.items()} | {
     "one epsilon": choice("dr_grpo", {"clip_eps": 0.1}, term=ppo(0.1, 0.1)),
     "nothing above 1": choice("dr_grpo", {"clip_eps_high": 0.0}, term=ppo(0.2, 0.0)),
@@ -362,13 +360,34 @@ CASES |= {
 def test_every_row_and_every_name_has_a_reference():
     """A new row or a new choice cannot come without its slow twin."""
     assert set(ROWS) == set(OBJECTIVES)
-    assert set(KL) == set(NAMES["kl_estimator"]) and set(MEANS) == set(NAMES["loss_agg_mode"])
-    assert set(SAMPLERS) | {"none"} == set(NAMES["sampler_correction"]) and set(ADVANTAGES) == set(
-        NAMES["advantage"]
+    assert set(KL) == set(CHOICES["kl_estimator"]) and set(MEANS) == set(CHOICES["loss_agg_mode"])
+    assert set(SAMPLERS) | {"none"} == set(CHOICES["sampler_correction"]) and set(ADVANTAGES) == set(
+        CHOICES["advantage"]
     )
-    built = [build_objective(row, **given) for row, given, _ in CASES.values()]
-    for column, names in NAMES.items():
+    built = [find_objective(row, **given) for row, given, _ in CASES.values()]
+    for column, names in CHOICES.items():
         assert set(names) == {getattr(o, column) for o in built} | ({"none"} & set(names)), column
+
+
+def test_the_table_the_equations_and_the_options_name_the_same():
+    """A name that the command line offers and no equation has, or the other way round, would fail in the first step."""
+    dictionaries = {
+        "advantage": equations.ADVANTAGES, "ratio_level": equations.RATIO_LEVELS, "surrogate": equations.SURROGATES,
+        "loss_agg_mode": equations.TOKEN_WEIGHTS,
+    }  # fmt: skip
+    for column, known in dictionaries.items():
+        assert list(CHOICES[column]) == list(known), column
+    assert set(table.SAMPLED_KL) == set(equations.KL_ESTIMATORS)
+    columns = [field.name for field in fields(Objective)]
+    assert set(CHOICES) < set(columns), "a choice of a column"
+    assert [name for name in columns if name not in {f.name for f in fields(Config)}] == []
+
+
+def test_the_table_needs_no_torch():
+    """What a method is, and what is refused, is read and checked without it."""
+    known = "import sys; sys.modules['torch'] = None; from objectives.table import OBJECTIVES, find_objective; "
+    code = known + "[find_objective(name) for name in OBJECTIVES]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(table.__file__).parent.parent)
 
 
 # ------------------------------------------------------------------------------------------------- advantages
@@ -408,8 +427,8 @@ def test_advantages_equal_the_papers(case):
                 for group in t
             ]
             numbers = torch.tensor(numbers, dtype=torch.float64).view(4, GROUPS, 6)
-            found = group_advantages(
-                numbers[0], build_objective(row, **given), numbers[1:], weights
+            found = build_loss(find_objective(row, **given)).advantages(
+                numbers[0], numbers[1:], weights
             )
             torch.testing.assert_close(
                 found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-11
@@ -524,7 +543,7 @@ def batch(cs, on_policy=False, keep=False):
         other = {f: getattr(c, k) for k, f in FIELDS.items()}
         other |= {"action_log_probs": None} if on_policy else {}
         other |= {} if keep else {"policy_mask": None}
-        e = Experience.of([1, 2], [3] * len(c.lp), 0.0, c.a)
+        e = Experience.of([1, 2], [3] * len(c.lp))
         singles.append(replace(e, advantages=torch.tensor(c.a, dtype=torch.float64), **other))
     e = pad_batch(singles)
     garbage = iter([torch.nan, torch.inf, -torch.inf, 1e30] * 4)
@@ -553,14 +572,14 @@ def gradients(loss, cs):
 
 def fast_loss(o, cs, size, **how):
     """The sum over micro-batches of `size`, with the weights of the whole step, and the metrics."""
-    module, total, sums = GRPOLoss(o), 0.0, {}
-    lengths = [len(c.lp) for c in cs]
-    weights = token_weights(
-        lengths, o.loss_agg_mode, o.loss_scale_factor or MAX_NEW_TOKENS
-    ).double()
+    # In a run a policy mask comes with --top_entropy, which the paper's row does not have.
+    module = ObjectiveLoss(o) if how.get("keep") else build_loss(o)
+    total, sums = 0.0, {}
+    weights = module.token_weights([len(c.lp) for c in cs], MAX_NEW_TOKENS).double()
     for i in range(0, len(cs), size):
         e, (lp, entropy, exact_kl) = batch(cs[i : i + size], **how)
-        loss, metrics = module(lp, e, weights[i : i + size], entropy, exact_kl)
+        others = [entropy, exact_kl] if o.needs_exact_kl else [entropy]
+        loss, metrics = module(lp, e, weights[i : i + size], *others)
         total = total + loss
         for name, (value, count) in metrics.items():
             sums[name] = [
@@ -584,7 +603,7 @@ def test_loss_and_gradient_equal_the_double_loop(case):
         cs = completions(seed)
         slow, r_sum, kl_sum, idle = slow_loss(paper, cs, on_policy, keep)
         fast, sums = fast_loss(
-            build_objective(row, **given), cs, len(cs), on_policy=on_policy, keep=keep
+            find_objective(row, **given), cs, len(cs), on_policy=on_policy, keep=keep
         )
         assert fast.item() == pytest.approx(
             slow.item(), rel=1e-6, abs=1e-7
@@ -602,12 +621,39 @@ def test_loss_and_gradient_equal_the_double_loop(case):
 
 def test_dppo_measures_the_move_from_the_true_old_probability():
     """A token that has gone from 0.6 to e^−30, with A < 0, is far below δ: masked. Its r is 0, so little depends on it."""
-    o = build_objective("dppo")
+    o = find_objective("dppo")
     lp = torch.tensor([[-30.0]], dtype=torch.float64, requires_grad=True)
-    e = Experience.of([1], [2], 0.0, -1.0)
-    e = pad_batch([replace(e, action_log_probs=torch.tensor([math.log(0.6)], dtype=torch.float64))])
-    loss, metrics = GRPOLoss(o)(lp, e, torch.ones(1))
+    old = torch.tensor([math.log(0.6)], dtype=torch.float64)
+    e = replace(Experience.of([1], [2]), advantages=torch.tensor(-1.0), action_log_probs=old)
+    loss, metrics = build_loss(o)(lp, pad_batch([e]), torch.ones(1))
     assert torch.autograd.grad(loss, lp)[0] == 0 and metrics["train/clipped_share"][0] == 1
+
+
+def whole_loss(module, cs, weights, on_policy):
+    e, (lp, entropy, _) = batch(cs, on_policy)
+    return module(lp, e, weights, entropy)
+
+
+@pytest.mark.parametrize("given", [{}, {"clip_eps": 0.1, "kl_weight": 0.0}, {"kl_weight": 0.5}])
+def test_the_papers_row_is_the_same_in_both_classes(given):
+    """loss.py is the whole of the paper's row: `ObjectiveLoss`, through its dictionaries, gives the same bits."""
+    o = find_objective("grpo", **given)
+    paper, general = build_loss(o), ObjectiveLoss(o)
+    assert type(paper) is GRPOLoss
+    for seed in range(4):
+        cs = completions(seed)
+        returns = torch.rand(3, 5, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+        found = [m.advantages(returns, returns[None], [1.0]) for m in (paper, general)]
+        assert torch.equal(*found) and torch.equal(found[0], objective_advantages(returns, returns[None], [1.0], o))
+        lengths = [len(c.lp) for c in cs]
+        weights = [m.token_weights(lengths, MAX_NEW_TOKENS) for m in (paper, general)]
+        assert torch.equal(*weights) and paper.trains_zero_advantage == general.trains_zero_advantage
+        for on_policy in (False, True):
+            (a, of_paper), (b, of_general) = (whole_loss(m, cs, weights[0], on_policy) for m in (paper, general))
+            assert a == b and torch.equal(gradients(a, cs), gradients(b, cs))
+            assert of_paper == of_general
+    k3 = [f(LOGITS, REF) for f in (approx_kl_divergence, kl_divergence)]
+    assert torch.equal(*k3)
 
 
 @pytest.mark.parametrize("row", OBJECTIVES)
@@ -616,7 +662,7 @@ def test_micro_batches_add_up_to_the_full_batch(row):
     corrected = {"entropy_weight": 0.1, "sampler_correction": "sequence_truncate", "kl_weight": 0.1}
     for given, how in ({}, {}), (corrected, {"keep": True}):
         cs = completions(1)
-        o = build_objective(row, **given)
+        o = find_objective(row, **given)
         full, sums = fast_loss(o, cs, len(cs), **how)
         for size in (1, 2, 3, 4):
             part, other = fast_loss(o, cs, size, **how)
@@ -632,11 +678,12 @@ def test_micro_batches_add_up_to_the_full_batch(row):
 def test_an_empty_completion_is_as_if_it_were_not_there(row):
     """It has no token to train; it must not count in a mean, nor make 0/0."""
     cs = completions(2)
-    o = build_objective(row, kl_weight=0.1)
-    e, (lp, entropy, exact_kl) = batch(cs)
+    o = find_objective(row, kl_weight=0.1)
+    e, (lp, entropy, _) = batch(cs)
     e.action_mask[3] = False
-    weights = token_weights(e.action_mask.sum(-1).tolist(), o.loss_agg_mode, MAX_NEW_TOKENS)
-    loss, _ = GRPOLoss(o)(lp, e, weights.double(), entropy, exact_kl)
+    module = build_loss(o)
+    weights = module.token_weights(e.action_mask.sum(-1).tolist(), MAX_NEW_TOKENS)
+    loss, _ = module(lp, e, weights.double(), entropy)
     without, _ = fast_loss(o, cs[:3] + cs[4:], len(cs))
     torch.testing.assert_close(loss, without, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients(loss, cs), gradients(without, cs), rtol=1e-12, atol=0)
@@ -654,7 +701,7 @@ def expectation(estimator, old=None):
     logits = LOGITS.clone().requires_grad_()
     lp = torch.log_softmax(logits, 0)
     old = lp.detach() if old is None else old
-    value = (old.exp() * approx_kl_divergence(lp, REF, estimator, (lp - old).exp())).sum()
+    value = (old.exp() * kl_divergence(lp, REF, estimator, (lp - old).exp())).sum()
     return value.detach(), torch.autograd.grad(value, logits)[0]
 
 
@@ -666,7 +713,7 @@ def exact(forward):
     return value.detach(), torch.autograd.grad(value, logits)[0]
 
 
-@pytest.mark.parametrize("estimator", [k for k in NAMES["kl_estimator"] if k != "full"])
+@pytest.mark.parametrize("estimator", [k for k in CHOICES["kl_estimator"] if k != "full"])
 def test_kl_estimators_in_expectation(estimator):
     """The comment above KL_ESTIMATORS, enumerated: what each one is as a value, and as a gradient."""
     base = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(
@@ -738,7 +785,7 @@ REFUSED_TOO = [
     *(
         (row, {column: "nonsense"}, "nonsense", {column: None})
         for row in ("grpo",)
-        for column in NAMES
+        for column in CHOICES
     ),
 ]
 
@@ -747,32 +794,32 @@ REFUSED_TOO = [
 def test_what_means_nothing_is_refused_and_its_neighbour_is_not(row, given, sentence, mended):
     """The sentence that names the fault; one column mended, and the row is built with what was asked for."""
     with pytest.raises(UserError, match=sentence):
-        build_objective(row, **given)
-    o = build_objective(row, **(given | mended))
+        find_objective(row, **given)
+    o = find_objective(row, **(given | mended))
     assert all(getattr(o, k) == v for k, v in (given | mended).items() if v is not None)
 
 
 def test_every_refusal_is_reached():
-    """As many sentences in `contradiction` as in the table above, each of them another one; an unknown row too."""
-    returns = [
-        n.value
-        for n in ast.walk(ast.parse(inspect.getsource(contradiction)))
-        if isinstance(n, ast.Return)
-    ]
-    assert sum(not (isinstance(v, ast.Constant) and v.value is None) for v in returns) == len(
-        REFUSED
-    )
+    """As many sentences in table.py's checks as in the table above, each of them another one; an unknown row too."""
+    checks = table.check_policy_term, table.check_advantages, table.check_kl, table.check_tokens
+    trees = [ast.parse(inspect.getsource(check)) for check in checks]
+    returns = [n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Return)]
+    sentences = [v for v in returns if not (isinstance(v, ast.Constant) and v.value is None)]
+    assert len(sentences) == len(REFUSED)
+    every = [name for name in vars(table) if name.startswith("check_") and name != "check_objective"]
+    assert every == [check.__name__ for check in checks], "a check that this test does not know"
     assert len({sentence for _, _, sentence, _ in REFUSED}) == len(REFUSED)
     with pytest.raises(UserError, match="objective"):
-        build_objective("ppo")
+        find_objective("ppo")
 
 
 def test_the_adaptive_entropy_bonus_moves_acts_and_is_saved():
     """0.005 a step towards the target, inside [0, 1], acting only at or below the target; the state is a checkpoint's."""
-    o = build_objective("dapo", entropy_weight=0.01, entropy_target=0.5)
-    assert o.trains_everything and not build_objective("dapo").trains_everything
-    assert build_objective("dapo", entropy_target=0.5).trains_everything
-    loss = GRPOLoss(o)
+    o = find_objective("dapo", entropy_weight=0.01, entropy_target=0.5)
+    dapo = build_loss(find_objective("dapo"))
+    assert build_loss(o).trains_zero_advantage and not dapo.trains_zero_advantage
+    assert build_loss(find_objective("dapo", entropy_target=0.5)).trains_zero_advantage
+    loss = build_loss(o)
     expected = [
         (0.4, 0.015, True),
         (0.5, 0.02, True),
@@ -790,21 +837,20 @@ def test_the_adaptive_entropy_bonus_moves_acts_and_is_saved():
         loss.adapt(0.1)
     assert loss.entropy_bonus == 1.0, "never above 1"
     loss.adapt(0.7)
-    again = GRPOLoss(o)
+    again = build_loss(o)
     again.load_state_dict(loss.state_dict())
     assert again.entropy_bonus == 0.0 and float(again.entropy_weight) == float(loss.entropy_weight)
     again.adapt(0.2)
     assert again.entropy_bonus == pytest.approx(1.0)
-    grown = GRPOLoss(build_objective("dapo", entropy_target=0.5))
+    grown = build_loss(find_objective("dapo", entropy_target=0.5))
     grown.adapt(0.1)
     e, (lp, entropy, _) = batch(completions(1)[:1])
     loss, before = (
-        f(lp, e, torch.full((1,), 0.2), entropy)[0]
-        for f in (grown, GRPOLoss(build_objective("dapo")))
+        f(lp, e, torch.full((1,), 0.2), entropy)[0] for f in (grown, dapo)
     )
     assert (before - loss).item() == pytest.approx(0.005 * entropy.mean().item()), (
         "one that began at 0 acts too"
     )
-    fixed = GRPOLoss(build_objective("grpo", entropy_weight=0.01))
+    fixed = build_loss(find_objective("grpo", entropy_weight=0.01))
     fixed.adapt(9.0)
     assert fixed.entropy_bonus == pytest.approx(0.01), "without a target it stays"

@@ -1,4 +1,4 @@
-"""reward.py: nothing for answers that only look right; nothing that is written, by a model or by you, stops it silently."""
+"""reward.py and support/user_rewards.py: nothing for answers that only look right; nothing that is written, by a model or by you, stops it silently."""
 
 import contextlib
 import math
@@ -14,19 +14,51 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_answers import PIECES
 
-from answers import find_answer, find_reasoning, is_correct_flexible, parse_number, same_answer
-from errors import UserError
 from reward import (
     REWARDS,
     accuracy,
     length_penalty,
-    load_rewards,
     repetition,
     score,
     soft_overlong,
     tutorial,
     well_formed,
 )
+from rollout import Completion, Group
+from support import user_rewards
+from support.answers import (
+    find_answer,
+    find_reasoning,
+    is_correct_flexible,
+    parse_number,
+    same_answer,
+)
+from support.config import Config
+from support.data import Question
+from support.errors import UserError
+
+
+def load_rewards(names):
+    return user_rewards.load_rewards(names, REWARDS)
+
+
+def score_texts(rewards, weights, completions, seconds=60.0, max_new_tokens=100, **columns):
+    """`score` of groups of one completion each: the returns (N,), and the scores (N,) of each reward by name.
+
+    Of the columns, lists with a value for each completion, `reference` and `completion_ids` stand where a run has them.
+    """
+    groups = []
+    for i, text in enumerate(completions):
+        own = {name: values[i] for name, values in columns.items()}
+        reference, ids = own.pop("reference", ""), own.pop("completion_ids", [1])
+        question = Question("q", reference, "", columns=own, prompt="p")
+        groups.append(Group(question, [Completion(ids, text, truncated=False)]))
+    config = Config(
+        reward=list(rewards), reward_weights=weights, reward_timeout=seconds, max_new_tokens=max_new_tokens
+    )
+    scored = score(groups, rewards, config)
+    by_name = torch.cat([group.rewards for group in scored], dim=1)
+    return torch.cat([g.returns for g in scored]), dict(zip(rewards, by_name, strict=True))
 
 
 def ask(function, completions, references, **columns):
@@ -155,13 +187,13 @@ def test_your_own_reward(tmp_path):
     rewards = load_rewards(["accuracy", f"{tmp_path}/mine.py:short"])
     columns = {"reference": ["1", "1", "1"], "colour": ["red", "blue", "red"]}
     completions = ["<answer>1</answer>", "xx", ""]
-    total, by_name = score(rewards, [1.0, 0.5], ["p"] * 3, completions, columns)
+    total, by_name = score_texts(rewards, [1.0, 0.5], completions, **columns)
     assert list(by_name) == ["accuracy", "short"]
     assert by_name["short"].tolist()[:2] == [-18 + 1, -2] and by_name["short"][2].isnan()
     assert total.tolist() == [1 - 8.5, -1.0, 0.0], (
         "the unscored one keeps what the other reward gave it"
     )
-    total, _ = score({"short": rewards["short"]}, [1.0], ["p"] * 3, completions, columns)
+    total, _ = score_texts({"short": rewards["short"]}, [1.0], completions, **columns)
     assert total[2].isnan()
 
 
@@ -199,13 +231,7 @@ def broken(tmp_path, body):
 )  # fmt: skip
 def test_a_broken_reward_is_named(tmp_path, body, message):
     with pytest.raises(UserError, match=message):
-        score(
-            broken(tmp_path, body),
-            [1.0],
-            ["", ""],
-            ["first", "second"],
-            {"colour": ["red", "blue"], "n": 4},
-        )
+        score_texts(broken(tmp_path, body), [1.0], ["first", "second"], colour=["red", "blue"])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +251,7 @@ def test_a_reward_that_hangs_is_named(tmp_path, body):
     handler, start = signal.getsignal(signal.SIGALRM), time.monotonic()
     words = "took longer than the limit of 0.5 seconds .the completion 'second' does it, also alone"
     with pytest.raises(UserError, match=words):
-        score(rewards, [1.0], ["", ""], ["first", "second"], {}, seconds=0.5)
+        score_texts(rewards, [1.0], ["first", "second"], seconds=0.5)
     assert time.monotonic() - start < 20
     assert (
         signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -235,22 +261,22 @@ def test_a_reward_that_hangs_is_named(tmp_path, body):
 def test_the_time_limit_leaves_others_alone(tmp_path):
     """0 is no limit, off the main thread there is none; Ctrl-C is no failure; an alarm that was set goes on."""
     rewards = broken(tmp_path, "import time; time.sleep(0.05); return [1.0]")
-    assert score(rewards, [1.0], [""], ["x"], {}, seconds=0)[0].tolist() == [1.0]
+    assert score_texts(rewards, [1.0], ["x"], seconds=0)[0].tolist() == [1.0]
     found = []
     thread = threading.Thread(
-        target=lambda: found.append(score(rewards, [1.0], [""], ["x"], {}, 0.01)[0].tolist())
+        target=lambda: found.append(score_texts(rewards, [1.0], ["x"], 0.01)[0].tolist())
     )
     thread.start()
     thread.join()
     assert found == [[1.0]]
     with pytest.raises(UserError, match="the limit of 0.01 seconds .the completion 'x'..$"):
-        score(rewards, [1.0], [""], ["x"], {}, 0.01)
+        score_texts(rewards, [1.0], ["x"], 0.01)
     with pytest.raises(KeyboardInterrupt):
-        score(broken(tmp_path, "raise KeyboardInterrupt"), [1.0], [""], ["x"], {})
+        score_texts(broken(tmp_path, "raise KeyboardInterrupt"), [1.0], ["x"])
     handler = signal.signal(signal.SIGALRM, lambda *_: found.append("rang"))
     signal.setitimer(signal.ITIMER_REAL, 100)
     try:
-        score(rewards, [1.0], [""], ["x"], {}, seconds=5)
+        score_texts(rewards, [1.0], ["x"], seconds=5)
         assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] < 100
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -263,7 +289,7 @@ def test_a_slow_reward_is_not_blamed_on_one_completion(tmp_path):
         "import time; time.sleep(0.05 * len(completions)); return [1.0] * len(completions)",
     )
     with pytest.raises(UserError, match="no time to find|no completion does it alone"):
-        score(rewards, [1.0], [""] * 40, ["x"] * 40, {}, seconds=1.0)
+        score_texts(rewards, [1.0], ["x"] * 40, seconds=1.0)
 
 
 def test_a_reward_cannot_change_what_is_trained(tmp_path):
@@ -272,12 +298,19 @@ def test_a_reward_cannot_change_what_is_trained(tmp_path):
         "def rough(prompts, completions, completion_ids, **columns):\n"
         "    [ids.clear() for ids in completion_ids]\n    prompts.clear()\n    return [0.0 for _ in completions]\n"
     )
-    columns = {"completion_ids": [[3, 1]], "reference": ["1"], "max_new_tokens": 4}
+    columns, text = {"completion_ids": [[3, 1]], "reference": ["1"]}, ["<answer>1</answer>"]
     rewards = load_rewards([f"{tmp_path}/mine.py:rough", "length_penalty"])
-    total, _ = score(rewards, [1.0, 1.0], ["p"], ["<answer>1</answer>"], columns)
+    total, _ = score_texts(rewards, [1.0, 1.0], text, max_new_tokens=4, **columns)
     assert columns["completion_ids"] == [[3, 1]] and total.tolist() == [-0.5]
+
+
+def test_a_return_beyond_float32_is_refused():
+    """A config does not take such a weight; two large ones may add up to it."""
+    group = Group(Question("q", "1", ""), [Completion([1], "<answer>1</answer>", truncated=False)])
+    config = Config(reward=["accuracy"], reward_weights=[1.0])
+    object.__setattr__(config, "reward_weights", [1e39])
     with pytest.raises(UserError, match="too large for float32"):
-        score(load_rewards(["accuracy"]), [1e39], ["p"], ["<answer>1</answer>"], columns)
+        score([group], load_rewards(["accuracy"]), config)
 
 
 def test_reward_names(tmp_path):
@@ -292,13 +325,8 @@ def test_reward_names(tmp_path):
 
 
 def test_scores_are_weighted():
-    total, _ = score(
-        load_rewards(["tutorial", "accuracy"]),
-        [2.0, -1.0],
-        [""],
-        ["<answer>5</answer>"],
-        {"reference": ["72"]},
-    )
+    rewards = load_rewards(["tutorial", "accuracy"])
+    total, _ = score_texts(rewards, [2.0, -1.0], ["<answer>5</answer>"], reference=["72"])
     torch.testing.assert_close(total, torch.tensor([0.02]))
 
 
@@ -319,12 +347,8 @@ def test_nothing_that_is_written_raises(completion, reference):
     for function in REWARDS.values():
         (value,) = function(**columns)
         assert isinstance(value, float) and math.isfinite(value)
-    score(
-        REWARDS,
-        [1.0] * len(REWARDS),
-        **{k: columns.pop(k) for k in ("prompts", "completions")},
-        columns=columns,
-    )
+    ids = columns["completion_ids"]
+    score_texts(REWARDS, [1.0] * len(REWARDS), [completion], reference=[reference], completion_ids=ids)
     for find in (find_answer, find_reasoning):
         assert isinstance(find(completion), str | None)
     assert isinstance(same_answer(completion, reference), bool)
@@ -396,7 +420,7 @@ def test_what_a_reward_does_to_the_process_ends_with_it(tmp_path, monkeypatch):
     for completion in ("good", "bad"):
         rewards = load_rewards([f"{tmp_path}/mine.py:wild"])
         with contextlib.suppress(UserError):
-            score(rewards, [1.0], [""], [completion], {})
+            score_texts(rewards, [1.0], [completion])
         assert (
             os.getcwd() == str(tmp_path)
             and torch.is_grad_enabled()
