@@ -1,4 +1,4 @@
-"""alarms.py: each alarm sounds when what it is about goes wrong, stays silent in a healthy run, and is heard once."""
+"""support/alarms.py: each alarm sounds when what it is about goes wrong, stays silent in a healthy run, and is heard once."""
 
 import json
 import random
@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alarms import ALARMS, LONGEST, alarms_for, has_fallen, has_jumped, sounding
-from loss import OBJECTIVES
-from monitor import Monitor
+from objectives.table import OBJECTIVES
+from support.alarms import ALARMS, LONGEST, active_alarms, alarms_for, has_fallen, has_jumped
+from support.monitor import Monitor
 
 HEALTHY = {
     "train/kl_divergence": 0.02, "train/clipped_share": 0.1, "train/ratio_mean": 1.01, "train/grad_norm": 0.4,
@@ -29,7 +29,7 @@ WRONG = {
 def watched(name, values):
     """Which alarms are on after each step, when the metric of alarm `name` takes these values."""
     rows = [HEALTHY | {ALARMS[name].metric: value} for value in values]
-    return [sounding(ALARMS, rows[: i + 1]) for i in range(len(rows))]
+    return [active_alarms(ALARMS, rows[: i + 1]) for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("name", ALARMS)
@@ -125,20 +125,20 @@ def test_each_limit_from_both_sides(name):
 
 
 def test_missing_metrics_are_no_alarm():
-    assert sounding(ALARMS, [{"eval/accuracy": 0.0}]) == []
+    assert active_alarms(ALARMS, [{"eval/accuracy": 0.0}]) == []
     assert (
-        sounding(ALARMS, [HEALTHY | {"train/kl_divergence": 9.0}] * 5 + [{"eval/accuracy": 0.0}])
+        active_alarms(ALARMS, [HEALTHY | {"train/kl_divergence": 9.0}] * 5 + [{"eval/accuracy": 0.0}])
         == []
     )
 
 
 def test_alarms_that_mean_nothing_are_left_out():
     every = set(ALARMS)
-    assert set(alarms_for(OBJECTIVES["grpo"], 1.0)) == every
-    assert set(alarms_for(OBJECTIVES["gspo"], 1.0)) == every - {"clipped"}, (
+    assert set(alarms_for(OBJECTIVES["grpo"].ratio_level, 1.0)) == every
+    assert set(alarms_for(OBJECTIVES["gspo"].ratio_level, 1.0)) == every - {"clipped"}, (
         "its narrow clip takes most, by design"
     )
-    assert set(alarms_for(OBJECTIVES["grpo"], 0.9)) == every - {"sampler"}, (
+    assert set(alarms_for(OBJECTIVES["grpo"].ratio_level, 0.9)) == every - {"sampler"}, (
         "a nucleus is a known gap"
     )
 
@@ -151,7 +151,7 @@ def test_the_demo_raises_none():
         runs.setdefault(row["seed"], []).append(row)
     assert len(runs) == 5
     for rows in runs.values():
-        heard = {name for i in range(len(rows)) for name in sounding(ALARMS, rows[: i + 1])}
+        heard = {name for i in range(len(rows)) for name in active_alarms(ALARMS, rows[: i + 1])}
         assert not heard
 
 

@@ -1,13 +1,19 @@
-"""config.py and the command line: presets, files, flags, and one sentence for whatever is wrong."""
+"""support/config.py and the command line: presets, files, flags, and one sentence for whatever is wrong."""
 
 import dataclasses
 
 import pytest
 import yaml
 
-from config import PRESETS, Config, parse_config, report_change
-from errors import UserError
-from loss import OBJECTIVES, Objective
+from objectives.table import CHOICES, OBJECTIVES, Objective
+from support import command_line
+from support.command_line import check_change
+from support.config import PRESETS, Config
+from support.errors import UserError
+
+
+def parse_config(argv):
+    return command_line.parse_config(argv, "A command.", CHOICES)
 
 
 def test_presets_and_flags():
@@ -58,7 +64,7 @@ def test_another_objective_is_its_whole_row(tmp_path):
         )
 
 
-def test_every_column_of_an_objective_is_a_knob():
+def test_every_column_of_an_objective_is_an_option():
     """And is the row's own choice unless it is given."""
     defaults = Config()
     assert all(getattr(defaults, column.name) is None for column in dataclasses.fields(Objective))
@@ -105,7 +111,7 @@ def test_a_saved_config_runs_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lrr: 1", "c.yaml: There is no knob 'lrr'; did you mean lr"),
+        ("lrr: 1", "c.yaml: There is no option 'lrr'; did you mean lr"),
         ("lr: fast", "lr in .* is 'fast'; it must be of type float"),
         ("steps: 2.5", "must be of type int"),
         ("steps: true", "must be of type int"),
@@ -161,8 +167,8 @@ def test_a_micro_batch_larger_than_the_batch_is_the_batch():
 
 
 def test_auto_is_called_auto_on_resume(capsys):
-    report_change("micro_batch_size", 64, None)
-    report_change("clip_eps", None, 0.3)
-    report_change("lr", 1e-5, 1e-5)
+    check_change("runs/x", "micro_batch_size", 64, None)
+    check_change("runs/x", "clip_eps", None, 0.3)
+    check_change("runs/x", "lr", 1e-5, 1e-5)
     said = "micro_batch_size from 64 to auto\nchanged on resume: clip_eps from the objective's own to 0.3\n"
     assert capsys.readouterr().out == "changed on resume: " + said

@@ -1,11 +1,11 @@
-"""data.py: rows, files, prompts, and an order that resumes."""
+"""support/data.py: rows, files, prompts, and an order that resumes."""
 
 import json
 
 import pytest
 
-from data import Question, QuestionStream, build_prompt, load_questions, with_prompts
-from errors import UserError
+from support.data import Question, QuestionStream, build_prompt, load_questions, with_prompts
+from support.errors import UserError
 
 
 def write(path, *rows):

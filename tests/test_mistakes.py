@@ -502,7 +502,7 @@ RUNS: list[Bad] = [
     (R, "trainer_state.pt is not what was written", a_run(checkpoint_1_trainer_state__pt="x")),
     (R, "model.safetensors is not what was written", a_run(checkpoint_1_model__safetensors="x")),
     (R, "config.yaml is not a config", a_run(config__yaml="")),
-    (R, "There is no knob", a_run(extra="knob_of_next_year: 1\n")),
+    (R, "There is no option", a_run(extra="option_of_next_year: 1\n")),
     (R + " --model no/such-model", "trains tiny/model; to begin with another model", a_run()),
     (R, "metrics.jsonl, line 2 is not what was written; mend or remove that line", a_run(metrics__jsonl='{"step": 0}\nx\n')),
     (R, "metrics.jsonl, line 1 is not what was written", a_run(metrics__jsonl="[]\n")),
@@ -707,7 +707,7 @@ def test_files_as_they_come(tmp_path, content):
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
-    """A knob that its config.yaml does not have is at its default."""
+    """An option that its config.yaml does not have is at its default."""
     a_run()(tmp_path)
     config = tmp_path / "r" / "config.yaml"
     config.write_text(

@@ -1,4 +1,4 @@
-"""monitor.py: names with meanings, sums and counts, and what a reader of TensorBoard finds."""
+"""support/monitor.py and support/metrics.py: names with meanings, sums and counts, and what a reader of TensorBoard finds."""
 
 import os
 import re
@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alarms import ALARMS, LONGEST
-from monitor import CHARTS, GLOSSARY, Monitor, console_line, meaning, progress
+from support.alarms import ALARMS, LONGEST
+from support.metrics import CHARTS, GLOSSARY, console_line, meaning
+from support.monitor import Monitor, progress
 
 
 def test_unknown_names_raise(tmp_path):
