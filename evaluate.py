@@ -1,7 +1,7 @@
 """Accuracy of a model on held-out questions, greedy and sampled, with its 95 % interval.
 
-    python evaluate.py                                 the newest run in runs/, with its own settings
-    python evaluate.py --model runs/NAME               the newest checkpoint of a run
+    python evaluate.py                             the newest run in runs/, with its own settings
+    python evaluate.py --model runs/NAME           the newest checkpoint of a run
     python evaluate.py --preset tiny                   a preset's starting model
     python evaluate.py --model runs/NAME --eval_samples 8        pass@8 as well
 

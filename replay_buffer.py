@@ -98,12 +98,9 @@ class ReplayBuffer:
 
     def fill(self, experiences: list[Experience], returns: Tensor, advantages: Tensor) -> None:
         """Forget everything, and keep N experiences with their returns and advantages, (N,)."""
-        self.items = [
-            replace(experience, returns=own_return, advantages=advantage)
-            for experience, own_return, advantage in zip(
-                experiences, returns, advantages, strict=True
-            )
-        ]
+        assert all(e.sequences.dim() == 1 for e in experiences), "single ones, without padding"
+        rows = zip(experiences, returns, advantages, strict=True)
+        self.items = [replace(e, returns=r, advantages=a) for e, r, a in rows]
 
     def mini_batches(
         self, size: int, epochs: int, generator: torch.Generator

@@ -27,7 +27,7 @@ from support.preflight import check_model
 
 
 def greedy_answers(name: str, questions: list[Question], config: Config) -> list[Completion]:
-    """Greedy answers of the model `name`, which is dropped afterwards: two never share the memory."""
+    """Greedy answers of the model `name`, which is dropped afterwards: never two in the memory."""
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(name)
     prompted, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
@@ -44,7 +44,7 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
 
 
 def describe(title: str, completion: Completion, reference: str) -> str:
-    """One model's answer: reasoning and answer apart, and the reward where the reference is known."""
+    """One model's answer: its reasoning, its answer, and the reward where there is a reference."""
     reasoning, answer = find_reasoning(completion.text), find_answer(completion.text)
     lines = [title, "", f"reasoning  {reasoning if reasoning is not None else '(no <think> tag)'}"]
     lines += [f"answer     {answer if answer is not None else '(no <answer> tag)'}"]
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
     if others["question"] is not None:
         if not others["question"].strip():
             raise UserError(
-                "--question is empty; write one, or leave it out for three questions of the test set."
+                "--question is empty; write one, or leave it out for three questions of the test "
+                "set."
             )
         questions = [Question(others["question"], "", "")]
     else:

@@ -4,10 +4,11 @@
     python train.py --model runs/warm/model
 
 Each example is a question's prompt and the completion that the dataset's own solution makes:
-`<think>` the solution `</think> <answer>` the final answer `</answer>`. A column `completion` in the
-dataset is used as it stands instead. The loss is the mean negative log-likelihood of all completion
-tokens of an optimizer step; the learning rate rises over warmup_steps and falls linearly to 0. The
-options are those of train.py; those of rollout, reward, objective and evaluation do nothing here.
+`<think>` the solution `</think> <answer>` the final answer `</answer>`. A column `completion` in
+the dataset is used as it stands instead. The loss is the mean negative log-likelihood of all
+completion tokens of an optimizer step; the learning rate rises over warmup_steps and falls linearly
+to 0. The options are those of train.py; those of rollout, reward, objective and evaluation do
+nothing here.
 """
 
 import re
@@ -105,7 +106,8 @@ def main(argv: list[str]) -> None:
     for question in questions:
         if not isinstance(target(question), str) or not target(question).strip():
             raise UserError(
-                f"The completion of {question.question[:60]!r} is empty or is not text; write it out."
+                f"The completion of {question.question[:60]!r} is empty or is not text; write it "
+                "out."
             )
     print(
         f"{len(questions)} examples; {dropped} left out: prompt longer than "

@@ -68,9 +68,12 @@ class Trainer:
     start_step: int = 0
     skipped: int = 0  # optimizer steps without a finite gradient, the last ones in a row
 
-    def sample(self, questions: list[Question], *settings: Any) -> list[Group]:
-        """Completions from the policy as it is now; `settings` are the others of `rollout`."""
-        return rollout(self.policy.sampler(), self.tokenizer, questions, *settings)
+    def sample(
+        self, questions: list[Question], group_size: int, sampling: Sampling, progress: Any = iter
+    ) -> list[Group]:
+        """Completions from the policy as it is now."""
+        policy = self.policy.sampler()
+        return rollout(policy, self.tokenizer, questions, group_size, sampling, progress)
 
 
 def train(trainer: Trainer, steps: Iterator[tuple[int, torch.Generator]]) -> None:

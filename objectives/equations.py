@@ -1,8 +1,8 @@
 """What the other 16 methods put in the place of parts of `GRPOLoss`: short equations, by name.
 
 Each choice of table.py that has an equation is a name in one of five dictionaries (ADVANTAGES,
-RATIO_LEVELS, SURROGATES, TOKEN_WEIGHTS, KL_ESTIMATORS). `ObjectiveLoss`, at the end, looks its row's
-choices up; its `forward` is that of loss.py.
+RATIO_LEVELS, SURROGATES, TOKEN_WEIGHTS, KL_ESTIMATORS). `ObjectiveLoss`, at the end, looks up the
+choices of its row; its `forward` is that of loss.py.
 
 Shapes are those of loss.py: (B, C) for tokens, (B, 1) for the advantages A. l = log π - log π_old,
 r = exp(l), d = log π - log π_ref. To stop a gradient (sg): detach. What the papers call the
@@ -133,7 +133,7 @@ def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def sequence_token_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the sequence as a value; the gradient of each token goes to that token alone."""
+    """The mean over the sequence as a value; the gradient of a token goes to that token alone."""
     return sequence_mean(log_ratio, mask).detach() + log_ratio - log_ratio.detach()
 
 
@@ -155,8 +155,8 @@ def clip(
 ) -> Tensor:
     """-min(r A, clip(r, 1 - ε_low, 1 + ε_high) A); for A < 0 at most c |A|.
 
-    ε_high > ε_low is clip-higher (DAPO); c is the dual clip (arXiv 1912.09729), TRL's delta and verl's
-    clip_ratio_c.
+    ε_high > ε_low is clip-higher (DAPO); c is the dual clip (arXiv 1912.09729), which TRL calls
+    delta and verl clip_ratio_c.
     """
     ratio = bounded_exp(log_ratio)
     clipped = ratio.clamp(1 - o.clip_eps, 1 + o.eps_high)
@@ -169,10 +169,10 @@ def clip(
 def cispo(
     log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor, o: Objective
 ) -> Tensor:
-    """-sg(clip(r, 1 - ε_low, 1 + ε_high)) A log π: no token is lost (arXiv 2506.13585, eq. 4 and 5).
+    """-sg(clip(r, 1 - ε_low, 1 + ε_high)) A log π: no token is lost (arXiv 2506.13585, eq. 4, 5).
 
-    The paper's convention and verl's. TRL's epsilon_high is the cap itself, 1 + ε_high, and TRL has no
-    lower side.
+    The paper's convention and verl's. TRL's epsilon_high is the cap itself, 1 + ε_high, and TRL has
+    no lower side.
     """
     weights = bounded_exp(log_ratio).clamp(1 - o.clip_eps, 1 + o.eps_high)
     return -weights.detach() * advantages * log_probs
@@ -181,7 +181,7 @@ def cispo(
 def sapo(
     log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor, o: Objective
 ) -> Tensor:
-    """-σ(τ (r - 1)) 4/τ A, τ = 1 for A > 0 and 1.05 else: a gate that closes softly (2511.20347)."""
+    """-σ(τ (r - 1)) 4/τ A, τ = 1 for A > 0, else 1.05: a gate that closes softly (2511.20347)."""
     tau = torch.where(advantages > 0, 1.0, 1.05).to(advantages)
     return -torch.sigmoid(tau * (bounded_exp(log_ratio) - 1)) * 4 / tau * advantages
 
@@ -236,8 +236,8 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Objective], Tens
 def sampler_weights(old: Tensor, batch: Experience, objective: Objective) -> Tensor:
     """π_old / π_sampler, capped, of each token (B, C) or of the whole sequence (B, 1).
 
-    Truncated importance sampling. `mask` drops what is above the cap instead. The weight of a sequence
-    is a product over its tokens, so the longer it is, the further from 1.
+    Truncated importance sampling; `mask` drops what is above the cap instead. The weight of a
+    sequence is a product over its tokens, so the longer it is, the further from 1.
     """
     level, _, action = objective.sampler_correction.partition("_")
     gap = torch.where(batch.action_mask, old - batch.sampler_log_probs, 0.0)
@@ -271,8 +271,8 @@ def kl_divergence(
     """An estimate of KL(policy ‖ reference) at each token, from the sampled token alone.
 
     `k1+`, `abs+`, `k3+`: the value of one and the gradient of k2, which is the right one (verl's
-    straight-through). `k3-ratio`: k3 times r = `ratio`, whose gradient is also the right one, and whose
-    value stays unbiased off-policy.
+    straight-through). `k3-ratio`: k3 times r = `ratio`, whose gradient is also the right one, and
+    whose value stays unbiased off-policy.
     """
     if estimator == "k3-ratio":
         return approx_kl_divergence(log_probs, log_probs_ref) * ratio
@@ -291,8 +291,8 @@ def token_log_probs(
     Args:
         logits, logits_ref: float (N, V); tokens: int64 (N,).
     Returns:
-        log-probabilities, entropies and, with the reference's logits, KL(policy ‖ reference) over the
-        whole vocabulary; each float32 (N,), in nats.
+        log-probabilities, entropies and, with the reference's logits, KL(policy ‖ reference) over
+        the whole vocabulary; each float32 (N,), in nats.
     """
 
     def log_softmax(logits: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ def sequences_log_probs(
     temperature: float = 1.0,
     reference: nn.Module | None = None,
 ) -> tuple[Tensor, ...]:
-    """As in loss.py, with `token_log_probs` above, and the exact KL to a `reference`, if there is one."""
+    """As in loss.py, with `token_log_probs` above; and the exact KL to a `reference`, if given."""
     tokens = sequences[:, -num_actions:].flatten()
     logits = [completion_logits(model, sequences, attention_mask, num_actions).flatten(0, 1)]
     if reference is not None:
@@ -336,7 +336,8 @@ def sequences_log_probs(
 def log_prob_functions(objective: Objective) -> tuple[Callable, Callable]:
     """The functions `sequences_log_probs` and `token_log_probs` that an objective needs.
 
-    Those of loss.py, unless the entropies have a gradient or the KL is exact: that takes twice as long.
+    Those of loss.py, unless the entropies have a gradient or the KL is exact: that takes twice as
+    long.
     """
     if objective.has_entropy_bonus or objective.needs_exact_kl:
         return sequences_log_probs, token_log_probs
@@ -415,7 +416,7 @@ class ObjectiveLoss(GRPOLoss):
 
     @property
     def entropy_bonus(self) -> float:
-        """The weight of the entropy now; an adaptive one acts only while it is not above its target."""
+        """The weight of the entropy; an adaptive one is 0 while the entropy is above its target."""
         target = self.objective.entropy_target
         acts = target is None or self.last_entropy <= target
         return float(self.entropy_weight) if acts else 0.0

@@ -1,6 +1,7 @@
-"""Which groups, completions and tokens take part in the update, and what a KL in the reward takes off.
+"""Which groups, completions and tokens take part in the update; and a KL in the reward.
 
-Dynamic sampling and truncated completions (DAPO), a KL in the reward (RLOO), tokens of high entropy.
+Dynamic sampling and truncated completions (DAPO), the KL in the reward (RLOO), tokens of high
+entropy.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def zero_std(group: Group, objective: Objective) -> bool:
 
 
 def of_comparison(groups: list[Group], objective: Objective) -> Metrics:
-    """The share of groups without spread, and the returns, if they are final: if no KL is subtracted."""
+    """The share of groups without spread; and the returns, if no KL is subtracted from them."""
     equal = sum(zero_std(group, objective) for group in groups)
     found: Metrics = {"rollout/no_spread_share": (equal, len(groups))}
     if objective.subtracts_kl:
@@ -66,8 +67,8 @@ def replace_zero_std(
 def trained_completions(groups: list[Group], mask_truncated: bool) -> list[int]:
     """The places of the completions that are trained, counted through all groups.
 
-    Not those that no reward could score nor, with `mask_truncated`, those that were cut off: neither
-    the sums nor the means of the loss see them.
+    Not those that no reward could score nor, with `mask_truncated`, those that were cut off: they
+    count neither in the sums nor in the means of the loss.
     """
     scored = (~torch.cat([group.returns for group in groups]).isnan()).tolist()
     truncated = [completion.truncated for group in groups for completion in group.completions]
@@ -109,8 +110,8 @@ def apply(
 def mask_low_entropy(experiences: list[Experience], share: float) -> list[Experience]:
     """A policy mask on that share of all tokens which has the highest entropy (arXiv 2506.01939).
 
-    The entropies are those of the policy that sampled, over the whole rollout, so micro-batches do not
-    matter.
+    The entropies are those of the policy that sampled, over the whole rollout, so micro-batches do
+    not matter.
     """
     if not experiences:
         return []

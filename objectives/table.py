@@ -114,7 +114,7 @@ class Objective:
 
     @property
     def needs_policy_pass(self) -> bool:
-        """Whether the policy is asked about a rollout before the update, also if it is on-policy."""
+        """Whether the policy is asked about a rollout before the update, even on-policy."""
         return self.subtracts_kl or self.top_entropy < 1
 
     @property
@@ -128,7 +128,7 @@ class Objective:
         return ["action_log_probs", *(["entropies"] if self.top_entropy < 1 else [])]
 
     def describe(self, config: Any) -> str:
-        """The objective of a Config in a line; and another one if some of it makes no difference."""
+        """The objective of a Config in a line; and a second one if a part of it has no effect."""
         line = ": ".join(filter(None, [f"objective {config.objective}", self.summary]))
         columns = ("ratio_level", "surrogate", "clip_eps", "clip_eps_high", "clip_ratio_c")
         changes_ratio = any(getattr(self, c) != getattr(Objective, c) for c in columns)
@@ -299,8 +299,8 @@ def check_kl(o: Objective, given: set[str]) -> str | None:
         )
     if o.kl_in_reward and o.kl_estimator not in SAMPLED_KL:
         return (
-            f"A reward has no gradient, so --kl_estimator {o.kl_estimator} means nothing in it; use "
-            "k1, k2, k3 or abs."
+            f"A reward has no gradient, so --kl_estimator {o.kl_estimator} means nothing in it; "
+            "use k1, k2, k3 or abs."
         )
     if o.kl_in_reward and o.multi_objective_aggregation == "normalize_then_sum":
         return (

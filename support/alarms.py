@@ -34,12 +34,12 @@ def mean_of(count: int, bad: Callable[[float], bool]) -> Callable[[list[float]],
 
 
 def above(limit: float, count: int) -> tuple[str, Callable[[list[float]], bool]]:
-    """An alarm's condition, in words and as a function: the mean of the last `count` values is above `limit`."""
+    """The mean of the last `count` values is above `limit`: in words, and as a function."""
     return f"mean of {count} steps above {limit}", mean_of(count, lambda x: x > limit)
 
 
 def has_fallen(values: list[float]) -> bool:
-    """The mean of 10 steps is a fifth below the best 5 before, and by more than their noise explains.
+    """The mean of 10 steps is a fifth below the best 5 before, by more than their noise explains.
 
     The noise is that of neighbouring steps, which a slow rise or a single fall hardly changes. 6
     standard errors, since the best of many means is compared, and since a policy that changes makes
@@ -72,74 +72,86 @@ def has_jumped(values: list[float]) -> bool:
 
 ALARMS = {
     "kl": Alarm(
-        "train/kl_divergence", *above(0.1, 3),
+        "train/kl_divergence",
+        *above(0.1, 3),
         "The policy is far from the reference (KL above 0.1): raise kl_weight or lower lr.",
     ),
     "clipped": Alarm(
-        "train/clipped_share", *above(0.3, 3),
+        "train/clipped_share",
+        *above(0.3, 3),
         "More than 30 % of the tokens are clipped and teach nothing: lower lr or epochs_per_step.",
     ),
     "ratio": Alarm(
-        "train/ratio_mean", "mean of 3 steps not within 0.9 … 1.1", mean_of(3, lambda x: abs(x - 1) > 0.1),
+        "train/ratio_mean",
+        "mean of 3 steps not within 0.9 … 1.1",
+        mean_of(3, lambda x: abs(x - 1) > 0.1),
         "New and old policy differ by more than 10 % on the average token: lower lr or "
-        "epochs_per_step, or raise "
-        "train_batch_size.",
+        "epochs_per_step, or raise train_batch_size.",
     ),
     "no_spread": Alarm(
-        "rollout/no_spread_share", *above(0.8, 5),
+        "rollout/no_spread_share",
+        *above(0.8, 5),
         "More than 80 % of the groups have equal rewards and teach nothing. If most answers are "
-        "wrong: easier "
-        "questions, a warm start (sft.py) or a finer reward; if most are right: harder questions. "
-        "In both cases a "
-        "larger group_size, a higher temperature, or --dynamic_sampling 10.",
+        "wrong: easier questions, a warm start (sft.py) or a finer reward; if most are right: "
+        "harder questions. In both cases a larger group_size, a higher temperature, or "
+        "--dynamic_sampling 10.",
     ),
     "truncated": Alarm(
-        "rollout/truncated_share", *above(0.9, 3),
+        "rollout/truncated_share",
+        *above(0.9, 3),
         "Nearly every completion is cut off before its end: raise max_new_tokens, or see in the "
-        "samples whether the "
-        "model ever stops (a base model may need sft.py first).",
+        "samples whether the model ever stops (a base model may need sft.py first).",
     ),
     "reward_falls": Alarm(
-        "rollout/returns", "mean of 10 steps a fifth below the best 5 before, beyond noise", has_fallen,
+        "rollout/returns",
+        "mean of 10 steps a fifth below the best 5 before, beyond noise",
+        has_fallen,
         "The reward has fallen by a fifth or more from its best: start again from an earlier "
-        "checkpoint (--model "
-        "runs/NAME/checkpoint-STEP) with a lower lr or a higher kl_weight.",
+        "checkpoint (--model runs/NAME/checkpoint-STEP) with a lower lr or a higher kl_weight.",
     ),
     "length_explodes": Alarm(
-        "rollout/completion_tokens", "mean of 5 steps above 4 times that of 20 steps before", has_exploded,
+        "rollout/completion_tokens",
+        "mean of 5 steps above 4 times that of 20 steps before",
+        has_exploded,
         "Completions are four times as long as 20 steps ago: read the samples; add the reward "
-        "soft_overlong or "
-        "length_penalty, or take an objective without the length bias (dr_grpo, dapo).",
+        "soft_overlong or length_penalty, or take an objective without the length bias (dr_grpo, "
+        "dapo).",
     ),
     "length_collapses": Alarm(
-        "rollout/completion_tokens", "mean of 5 steps below a third of that of 20 steps before", has_collapsed,
+        "rollout/completion_tokens",
+        "mean of 5 steps below a third of that of 20 steps before",
+        has_collapsed,
         "Completions are a third as long as 20 steps ago: read the samples, a part of the reward "
-        "may be had without an "
-        "answer (lower its reward_weights); else lower lr or raise warmup_steps.",
+        "may be had without an answer (lower its reward_weights); else lower lr or raise "
+        "warmup_steps.",
     ),
     "gradient": Alarm(
-        "train/grad_norm", "3 steps above 10 times nine in ten of 50 before", has_jumped,
+        "train/grad_norm",
+        "3 steps above 10 times nine in ten of 50 before",
+        has_jumped,
         "The gradient norm is ten times its usual: lower lr or max_norm, and look for extreme "
         "rewards.",
     ),
     "skipped": Alarm(
-        "train/skipped_steps", "any", mean_of(1, lambda x: x > 0),
+        "train/skipped_steps",
+        "any",
+        mean_of(1, lambda x: x > 0),
         "Optimizer steps were skipped because the loss or a gradient was not finite: lower lr; "
-        "with bf16 try "
-        "--precision fp32.",
+        "with bf16 try --precision fp32.",
     ),
     "unscored": Alarm(
-        "rollout/unscored_share", *above(0.5, 3),
+        "rollout/unscored_share",
+        *above(0.5, 3),
         "More than half of the scores are None: see whether the reward functions find what they "
         "look for.",
     ),
     "sampler": Alarm(
-        "train/sampler_gap", *above(0.3, 3),
+        "train/sampler_gap",
+        *above(0.3, 3),
         "Sampler and trainer disagree about the sampled tokens: try --precision fp32, or "
-        "--sampler_correction "
-        "token_truncate.",
+        "--sampler_correction token_truncate.",
     ),
-}  # fmt: skip
+}
 
 
 def alarms_for(ratio_level: str, top_p: float) -> dict[str, Alarm]:

@@ -1,4 +1,4 @@
-"""Answers: find them in a completion, and read them as a person does: `$1,000.00` is 1000, `71 or 72` is nothing.
+"""Find an answer in a completion, and read it as a person does: `$1,000.00` is 1000.
 
 A reward is paid for what is read here. So this says what counts, and nothing else does: an answer
 is written plainly (PLAINER); what stands behind its last equals sign must be one number with words
@@ -37,10 +37,12 @@ PLAINER = [(re.compile(pattern), plain_way) for pattern, plain_way in (
 
 NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 HYPHEN = r"(?<=[A-Za-z])-(?=[A-Za-z])"
-BEFORE = rf"(?P<before>(?:[A-Za-z ,.:;!'\"`#)\]]|(?<![A-Za-z])[(\[]|{HYPHEN})*)(?<![A-Za-z.,!)\]])"  # not x72, (2)72
+# Not x72, nor (2)72.
+BEFORE = rf"(?P<before>(?:[A-Za-z ,.:;!'\"`#)\]]|(?<![A-Za-z])[(\[]|{HYPHEN})*)(?<![A-Za-z.,!)\]])"
 SIGN = r"(?P<sign>(?:^[-+] |[-+])?)"  # away from its number at the start only: `48 - 24` is no -24
 FRACTION = r"(?:(?P<whole>\d+) (?:and )?)?(?P<over>\d+) ?/ ?(?P<under>\d+)"
-UNIT = r"(?<=[A-Za-z]) ?\^ ?[23](?!\.?\d)|(?<=[A-Za-z])[²³]|/ ?(?=[A-Za-z])"  # m^2, m², km/h; but not 72²
+# m^2, m², km/h; but not 72².
+UNIT = r"(?<=[A-Za-z]) ?\^ ?[23](?!\.?\d)|(?<=[A-Za-z])[²³]|/ ?(?=[A-Za-z])"
 AFTER = rf"(?P<after>(?:{UNIT}|{HYPHEN}|[A-Za-z ,.:;!'\"`)(\[\]%°])*)"
 STATES = re.compile(rf"{BEFORE}{SIGN}(?:{FRACTION}|(?P<number>{NUMBER})){AFTER}")
 # Left of an equals sign: no letters (48 + 24), or no digits and one unknown at most (x, so x, Total
@@ -53,30 +55,24 @@ WORDS = re.compile(
 UNITS = frozenset("CFLghlms")  # ... or these, behind a number
 NUMERALS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety dozen hundred "
-    "thousand million billion "
-    "trillion"
+    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
+    "dozen hundred thousand million billion trillion"
 )
 # With one of these beside it a number is not what is meant: `not 72`, `at least 72`, `72 squared`,
 # `72 and a half`.
-CHANGES = frozenset(numeral + end for numeral in NUMERALS.split() for end in ("", "s", "th", "ths")) | set(
-    " ".join((
-        "not no never none neither nor cannot isnt nicht kein pas except unless without if but "
-        "instead unlike",
-        "wrong incorrect false different or either between than least most up over under above "
-        "below beyond past less",
-        "exceeds min max minimum maximum almost nearly nowhere far",
-        "plus minus negative times divided multiplied by root sqrt square squared cube cubed power "
-        "log ln exp sin cos",
-        "tan mod modulo factorial choose abs floor ceil round inverse reciprocal opposite multiple "
-        "as",
-        "half halves third thirds fifth fifths eighth eighths ninth ninths twelfth twelfths "
-        "quarter quarters ths",
-        "double doubled twice triple tripled bn mil inf infinity pi ab abc ac bc dx dy mn pq xy "
-        "xyz xz yz",
-    )).split()
-)  # fmt: skip
+OTHER_MEANING = (
+    "not no never none neither nor cannot isnt nicht kein pas except unless without if but instead "
+    "unlike wrong incorrect false different or either between than least most up over under above "
+    "below beyond past less exceeds min max minimum maximum almost nearly nowhere far plus minus "
+    "negative times divided multiplied by root sqrt square squared cube cubed power log ln exp sin "
+    "cos tan mod modulo factorial choose abs floor ceil round inverse reciprocal opposite multiple "
+    "as half halves third thirds fifth fifths eighth eighths ninth ninths twelfth twelfths quarter "
+    "quarters ths double doubled twice triple tripled bn mil inf infinity pi ab abc ac bc dx dy mn "
+    "pq xy xyz xz yz"
+)
+CHANGES = frozenset(OTHER_MEANING.split()) | {
+    numeral + end for numeral in NUMERALS.split() for end in ("", "s", "th", "ths")
+}
 
 
 def find_answer(completion: str) -> str | None:
@@ -94,7 +90,7 @@ def find_reasoning(completion: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """`text` on one line, without the ways of writing that mean nothing: LaTeX, currency, kinds of minus and space."""
+    """`text` on one line, without LaTeX, currency, and the many kinds of minus and space."""
     text = " ".join(text.translate(CHARACTERS).split())
     for pattern, plain_way in PLAINER:
         text = pattern.sub(plain_way, text)
@@ -102,7 +98,7 @@ def plain(text: str) -> str:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The one number that `text` states, as a person would read it; None if it states none, or several.
+    """The one number that `text` states, as a person reads it; None if it states none, or several.
 
     `72`, `$72`, `72.0`, `72 apples`, `1,000`, `3/4`, `1 1/2` and `70 + 2 = 72` state one; `70 or
     72` does not, so that listing every number earns nothing, nor do `not 72`, `x > 72` and `2x =
@@ -135,19 +131,19 @@ def keep_its_meaning(words: str, letters: frozenset[str] = frozenset("s")) -> bo
 
 
 def is_sum_or_name(left: str) -> bool:
-    """Whether what equals the number is worked out (`48 + 24`) or named (`x`, `Total`), and not `2x` or `71 or x`."""
+    """Whether what equals the number is a sum (`48 + 24`) or a name (`x`), not `71 or x`."""
     name = NAME.fullmatch(left.strip())
     return bool(SUM.fullmatch(left)) or (name is not None and keep_its_meaning(name[1]))
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Whether two answers are the same number; where the reference is no plain number (x^2, H2O), the same words."""
+    """Whether two answers are the same number; the same words, for a reference such as x^2."""
     target = parse_number(reference)
     return words(answer) == words(reference) if target is None else parse_number(answer) == target
 
 
 def words(text: str) -> list[str]:
-    """What is compared where there is no number: no capitals, no bold, no full stop; LaTeX plain where it is short."""
+    """What is compared where no number is: no capitals, bold, full stop; short LaTeX plain."""
     short = plain(text) if len(text) <= LONGEST_ANSWER else text
     return short.casefold().strip(" \n*`.").split() or text.split()
 

@@ -1,4 +1,4 @@
-"""Save, and resume exactly: run folders, checkpoints, the lock that keeps two runs out of one folder.
+"""Run folders, checkpoints, and the lock that keeps two runs out of one folder.
 
 A checkpoint `<run_dir>/checkpoint-<step>` is an ordinary Hugging Face folder (model and tokenizer),
 the run's config.yaml, and trainer_state.pt: the optimizer, the step and the position in the
@@ -35,7 +35,7 @@ SUMS = "SHA256SUMS"
 
 
 def new_run_dir(config: Config) -> tuple[Path, FileLock]:
-    """Make the run's folder, hold it, and write config.yaml into it; UserError if it holds something already."""
+    """Make the run's folder, hold it, and write config.yaml; UserError if it is not empty."""
     folder = Path(
         config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     ).expanduser()
@@ -69,7 +69,7 @@ def refuse_occupied(folder: Path) -> None:
 
 
 def lock(run_dir: Path) -> FileLock:
-    """Hold the folder until the process ends, however it ends; UserError if another process has it."""
+    """Hold the folder until the process ends, in whatever way; UserError if another one has it."""
     held = FileLock(run_dir / ".lock")
     try:
         held.acquire(timeout=0)
@@ -100,7 +100,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_model(folder: str) -> str:
-    """`folder`, or its newest checkpoint if it is a run folder; UserError if that has none yet, or a damaged one."""
+    """`folder`, or its newest checkpoint if it is a run's; UserError if there is no whole one."""
     found = checkpoints(Path(folder))
     if (
         not found
@@ -135,7 +135,7 @@ class TrainerState:
 def save_checkpoint(
     run_dir: Path, state: TrainerState, model: nn.Module, tokenizer: Any, config: Config
 ) -> Path:
-    """Write checkpoint-<step>, then delete all older ones but the newest `keep_checkpoints`, this one included.
+    """Write checkpoint-<step>, then delete older ones: the newest `keep_checkpoints` stay.
 
     Raises:
         UserError: if it could not be written (a full disk), or if weights are not finite; the
@@ -148,8 +148,7 @@ def save_checkpoint(
     if broken:
         raise UserError(
             f"Step {state.step} has left numbers in {broken[0]} that are not finite, so it is not "
-            "saved; go on from an "
-            f"earlier checkpoint ({kept}) with a lower --lr."
+            f"saved; go on from an earlier checkpoint ({kept}) with a lower --lr."
         )
     try:
         discard(partial)
@@ -168,8 +167,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with "
-            f"--resume {run_dir}. "
-            f"Checkpoints that are there: {kept}."
+            f"--resume {run_dir}. Checkpoints that are there: {kept}."
         ) from error
     for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][
         : -config.keep_checkpoints
@@ -225,7 +223,7 @@ def remove(path: Path) -> None:
 
 
 def tolerantly(delete: Callable[[Path], None], path: Path) -> None:
-    """Delete if that can be done, and else say so: one folder too many is no reason to stop a run."""
+    """Delete if that can be done, else say so: one folder too many is no reason to stop a run."""
     try:
         delete(path)
     except OSError as error:
@@ -233,13 +231,13 @@ def tolerantly(delete: Callable[[Path], None], path: Path) -> None:
 
 
 def sweep(run_dir: Path) -> None:
-    """Delete what a process that was killed has left of checkpoints that it was writing or deleting."""
+    """Delete what a killed process has left of checkpoints that it was writing or deleting."""
     for leftover in run_dir.glob(f".{PREFIX}*"):
         tolerantly(remove, leftover)
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if they are what was written."""
+    """What is wrong with the files of a checkpoint, in a few words; None if nothing is."""
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
         for expected, _, name in (line.partition("  ") for line in lines):
@@ -269,7 +267,7 @@ def verify(checkpoint: Path) -> None:
 
 
 def load_state(checkpoint: Path, config: Config) -> TrainerState:
-    """The trainer's state in a checkpoint, once its files are found whole; read without unpickling code."""
+    """The trainer's state in a checkpoint whose files are whole; no code in it is unpickled."""
     verify(checkpoint)
     try:
         state = TrainerState(

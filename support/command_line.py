@@ -1,7 +1,8 @@
 """The command line: flags over a config file over a preset, into one Config.
 
-A run's settings are found in this order, each one over the one before it: the defaults in config.py,
-the preset, the file named by --config (or the config of the run that --resume continues), the flags.
+A run's settings are found in this order, each one over the one before it: the defaults in
+config.py; the preset; the file named by --config, or the config of the run that --resume continues;
+the flags.
 """
 
 import argparse
@@ -52,8 +53,8 @@ def parse_config(
         choices: for --help, the names that an option takes.
         extra: further flags of the command, name to help; each one takes a string.
     Returns:
-        the run's Config, and the values of the extra flags and of `resume` (the run folder to continue,
-        or None).
+        the run's Config; and the values of the extra flags and of `resume`: the run folder to
+        continue, or None.
     Raises:
         UserError: for unknown names, impossible values and contradictions.
     """
@@ -107,8 +108,8 @@ def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
         explain_foreign_option(unknown[0])
         if not unknown[0].startswith(DASHES):
             raise UserError(
-                f"I do not know what to do with {unknown[0]!r}; every setting is a flag, as in --steps "
-                "10."
+                f"I do not know what to do with {unknown[0]!r}; every setting is a flag, as in "
+                "--steps 10."
             )
         flags = [flag for action in parser._actions for flag in action.option_strings]
         choose(unknown[0].split("=")[0], flags, "flag", listed="--help")
@@ -129,7 +130,8 @@ def run_to_resume(given: dict[str, Any]) -> str | None:
         )
     if Path(resume, "trainer_state.pt").is_file():
         raise UserError(
-            f"{resume} is a checkpoint; --resume takes the folder of its run: {Path(resume).parent}."
+            f"{resume} is a checkpoint; --resume takes the folder of its run: "
+            f"{Path(resume).parent}."
         )
     if not Path(resume, "config.yaml").is_file():
         raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
@@ -164,8 +166,8 @@ def check_change(resume: str, name: str, before: Any, after: Any) -> None:
     """Say that a run which is resumed goes on with another setting; UserError if it cannot."""
     if name == "model" and before != after:
         raise UserError(
-            f"The run in {resume} trains {before}; to begin with another model, or with a checkpoint of "
-            "this run, start a new run with --model and without --resume."
+            f"The run in {resume} trains {before}; to begin with another model, or with a "
+            "checkpoint of this run, start a new run with --model and without --resume."
         )
     if name != "run_dir" and before != after:
         auto = "the objective's own" if name in OBJECTIVE_COLUMNS else "auto"
@@ -195,8 +197,8 @@ def parse_run_config(
     """The command line of a command that looks at a model: --model may be a run or a checkpoint.
 
     Without --model (and without a preset or a config) it is the newest run in runs/. The settings
-    (prompt, dataset, budget) are those of the run that made the model, unless flags say otherwise; the
-    extra value `base` is the model that the run started from, or None.
+    (prompt, dataset, budget) are those of the run that made the model, unless flags say otherwise;
+    the extra value `base` is the model that the run started from, or None.
     """
     newest = None
     if not any(argument.startswith(("--model", "--preset", "--config")) for argument in argv):

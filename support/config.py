@@ -198,7 +198,7 @@ class Config:
         share=True,
     )
     dynamic_sampling: int | None = objective_option(
-        "rollouts a step may make to replace groups whose rewards are all equal; 1: none (dapo: 10)",
+        "rollouts that a step may make to replace groups of equal rewards; 1: none (dapo: 10)",
         at_least=1,
     )
     mask_truncated: bool | None = objective_option(
@@ -238,8 +238,8 @@ class Config:
     max_norm: float = option(1.0, "gradients are clipped to this norm (tutorial)", above=0)
     max_skipped_steps: int = option(
         10,
-        "optimizer steps in a row without a finite loss and gradient after which the run stops; "
-        "0: it never does",
+        "optimizer steps in a row without a finite loss and gradient after which the run stops; 0: "
+        "it never does",
         at_least=0,
     )
 
@@ -329,7 +329,7 @@ class Config:
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps of one rollout. The last one of an epoch may be smaller; none is dropped."""
+        """Optimizer steps of one rollout. The last of an epoch may be smaller; none is dropped."""
         return self.epochs_per_step * math.ceil(self.sequences_per_step / self.train_batch_size)
 
     @property
@@ -454,6 +454,6 @@ def check_text(text: str, where: str, path: bool = False) -> None:
 
 
 def resolve_path(name: str) -> str:
-    """`name`, or where this project has it, if it is a bundled folder (`tiny/model`, `tiny/task`)."""
+    """`name`; or, of a bundled folder (`tiny/model`, `tiny/task`), the place where it is."""
     bundled = Path(__file__).parent.parent / name
     return str(bundled) if name and not Path(name).exists() and bundled.exists() else name

@@ -130,8 +130,8 @@ def read_hub(name: str, split: str, hub_config: str) -> list[tuple[dict, str]]:
     ) as error:  # datasets, the hub client and the network each raise their own kinds
         raise UserError(
             f"Cannot load the {split} split of the dataset {name!r} from the hub "
-            f"({type(error).__name__}); check "
-            "the name and the connection, or give --dataset a local file or folder."
+            f"({type(error).__name__}); check the name and the connection, or give --dataset a "
+            "local file or folder."
         ) from error
     return [(row, f"{name}, {split} row {i}") for i, row in enumerate(rows, 1)]
 
@@ -177,7 +177,7 @@ def parse_row(row: Any, where: str) -> Question:
 
 
 def with_difficulty(questions: list[Question]) -> list[Question]:
-    """Label each question by the steps (lines) of its solution: the lower, middle and upper third of this dataset."""
+    """Label each question by the lines of its solution: the lower, middle or upper third."""
     steps = [len(q.solution.splitlines()) for q in questions]
     ranked = sorted(s for s in steps if s)
     if not ranked:
@@ -256,8 +256,7 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
     except Exception as error:
         raise UserError(
             f"The chat template of the model cannot be used ({error}); mend its "
-            "chat_template.jinja, or remove it to "
-            "go without one."
+            "chat_template.jinja, or remove it to go without one."
         ) from error
 
 

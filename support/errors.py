@@ -1,4 +1,4 @@
-"""What goes wrong in a user's input: one sentence that says what to change, exit code 2, no traceback."""
+"""Bad input: one sentence that says what to change, exit code 2, no traceback."""
 
 import difflib
 import functools
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def choose(name: str, options: Iterable[str], what: str, listed: str = "") -> str:
-    """Return `name` if it is one of `options`; else raise UserError, with the nearest one as a guess.
+    """Return `name` if it is one of `options`; else UserError, with the nearest one as a guess.
 
     Args:
         what: what the options are, in the singular.
@@ -32,7 +32,7 @@ def choose(name: str, options: Iterable[str], what: str, listed: str = "") -> st
 
 
 def silence() -> None:
-    """From here on what is printed goes nowhere: whoever read it has gone, and each write would fail."""
+    """From here on what is printed goes nowhere: nobody reads it, and each write would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -46,7 +46,7 @@ def is_text(text: str) -> bool:
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command's `main`: a UserError becomes its sentence and exit code 2, Ctrl-C a word and 130."""
+    """Decorate a command's `main`: a UserError ends it with exit code 2, Ctrl-C with 130."""
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Accuracy on held-out questions, greedy and sampled, with its 95 % interval.
 
-Strict accuracy asks for the answer inside the `<answer>` tag; flexible accuracy takes the last number
-where there is no tag, so the difference between the two is format, not arithmetic. Evaluation draws
+Strict accuracy asks for the answer inside the `<answer>` tag; flexible accuracy takes the last
+number where there is no tag: their difference is format, not arithmetic. Evaluation draws
 nothing from the random numbers of training.
 """
 
@@ -47,8 +47,8 @@ def held_out_questions(config: Config, tokenizer: Any) -> list[Question]:
     )
     if dropped:
         print(
-            f"{dropped} held-out questions left out: prompt longer than "
-            f"{config.max_prompt_tokens} tokens"
+            f"{dropped} held-out questions left out: prompt longer than {config.max_prompt_tokens} "
+            "tokens"
         )
     return questions[: config.eval_questions or None]
 
@@ -59,7 +59,7 @@ def evaluate(
     config: Config,
     show: Callable[[Iterable], Iterable] = iter,
 ) -> Metrics:
-    """Accuracy on `questions`: greedy, and from `eval_samples` samples where the config asks for it.
+    """Accuracy on `questions`: greedy; and of `eval_samples` samples, where the config asks for it.
 
     Args:
         sample: (questions, group_size, sampling, progress) → groups.

@@ -1,4 +1,4 @@
-"""Options under the names that the tiny-grpo tutorial, TRL and verl give them: one sentence names ours.
+"""Options by the names of the tiny-grpo tutorial, TRL and verl: one sentence names ours.
 
 Where the unit differs, the sentence says so.
 """

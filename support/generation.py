@@ -164,7 +164,7 @@ def prompt_cache(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 
 
 class TokenSampler(LogitsProcessor):
-    """Draws the next token of each row, hides all others from generate, and keeps its log-probability.
+    """Draws the next token of each row, hides the others from generate, keeps its log-probability.
 
     The draw inverts the cumulated distribution, so it costs one random number, where generate's own
     multinomial makes one for each token of the vocabulary. It chooses among blocks of the

@@ -28,9 +28,9 @@ class MicroBatch:
             except torch.cuda.OutOfMemoryError as error:
                 if self.size == 1:
                     raise UserError(
-                        "One sequence is more than the GPU's memory holds: lower "
-                        "--max_new_tokens, or try --gradient_checkpointing true, --optimizer "
-                        "adamw_8bit or --precision bf16-pure."
+                        "One sequence is more than the GPU's memory holds: lower --max_new_tokens, "
+                        "or try --gradient_checkpointing true, --optimizer adamw_8bit or "
+                        "--precision bf16-pure."
                     ) from error
             # Outside of `except`, where the error would keep the tensors of the attempt alive.
             self.size = (self.size + 1) // 2

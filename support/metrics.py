@@ -17,65 +17,115 @@ Number = Tensor | float
 Metrics = dict[str, tuple[Number, Number]]  # name: (sum, count)
 
 GLOSSARY = {
-    "train/loss": "The loss. With the paper's mean over sequences and one optimizer step per rollout it is near 0 (plus"
-    " kl_weight × KL) at every step, because the advantages of a group add up to 0: watch the "
-    "returns, not this.",
-    "train/kl_divergence": "How far the policy has moved from the reference, nats per token, by the objective's "
-    "kl_estimator. Healthy: below 0.1. If it runs away: raise kl_weight or lower lr.",
-    "train/grad_norm": "Norm of the gradient before clipping to max_norm. Single spikes are normal, a steady rise not.",
-    "train/ratio_mean": "Mean of new/old probability of the trained tokens (without a KL, completions whose "
-    "advantage is 0 are not trained, nor counted in the metrics of train/). Healthy: within a few "
-    "percent of 1.",
-    "train/clipped_share": "Share of tokens whose ratio was clipped and which taught nothing. Healthy: below 0.3; "
-    "above that, lower lr or epochs_per_step (not gspo and luspo, whose narrow clip takes most "
-    "tokens by design). "
-    "Always 0 with one optimizer step per rollout.",
-    "train/entropy": "Mean entropy of the trained tokens' distributions, nats. A slow fall is learning; a drop to 0 is "
-    "collapse.",
-    "train/sampler_gap": "Mean distance between the log-probability that a token was sampled with and the trainer's "
-    "own, nats. Healthy: rounding (1e-6 in fp32, a few hundredths in bf16). More: sampler and "
-    "trainer disagree.",
+    "train/loss": (
+        "The loss. With the paper's mean over sequences and one optimizer step per rollout it is "
+        "near 0 (plus kl_weight × KL) at every step, because the advantages of a group add up to "
+        "0: watch the returns, not this."
+    ),
+    "train/kl_divergence": (
+        "How far the policy has moved from the reference, nats per token, by the objective's "
+        "kl_estimator. Healthy: below 0.1. If it runs away: raise kl_weight or lower lr."
+    ),
+    "train/grad_norm": (
+        "Norm of the gradient before clipping to max_norm. Single spikes are normal, a steady rise "
+        "not."
+    ),
+    "train/ratio_mean": (
+        "Mean of new/old probability of the trained tokens (without a KL, completions whose "
+        "advantage is 0 are not trained, nor counted in the metrics of train/). Healthy: within a "
+        "few percent of 1."
+    ),
+    "train/clipped_share": (
+        "Share of tokens whose ratio was clipped and which taught nothing. Healthy: below 0.3; "
+        "above that, lower lr or epochs_per_step (not gspo and luspo, whose narrow clip takes most "
+        "tokens by design). Always 0 with one optimizer step per rollout."
+    ),
+    "train/entropy": (
+        "Mean entropy of the trained tokens' distributions, nats. A slow fall is learning; a drop "
+        "to 0 is collapse."
+    ),
+    "train/sampler_gap": (
+        "Mean distance between the log-probability that a token was sampled with and the trainer's "
+        "own, nats. Healthy: rounding (1e-6 in fp32, a few hundredths in bf16). More: sampler and "
+        "trainer disagree."
+    ),
     "train/lr": "The learning rate.",
-    "train/skipped_steps": "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0.",
-    "rollout/returns": "Mean reward of the sampled completions (less the KL, with kl_in_reward): the curve that should "
-    "rise.",
-    "rollout/returns_std": "Standard deviation of the rewards over the whole rollout (with dynamic sampling: the mean "
-    "over its rollouts).",
-    "rollout/success_rate": "Share of sampled completions whose <answer> is right (training questions, sampled).",
-    "rollout/success_easy": "The same on the third of the questions with the fewest solution steps.",
+    "train/skipped_steps": (
+        "Optimizer steps left out because the loss or a gradient was not finite. Healthy: 0."
+    ),
+    "rollout/returns": (
+        "Mean reward of the sampled completions (less the KL, with kl_in_reward): the curve that "
+        "should rise."
+    ),
+    "rollout/returns_std": (
+        "Standard deviation of the rewards over the whole rollout (with dynamic sampling: the mean "
+        "over its rollouts)."
+    ),
+    "rollout/success_rate": (
+        "Share of sampled completions whose <answer> is right (training questions, sampled)."
+    ),
+    "rollout/success_easy": "The same on the third of the questions with the shortest solutions.",
     "rollout/success_middle": "The same on the middle third.",
     "rollout/success_hard": "The same on the third with the most solution steps.",
     "rollout/completion_tokens": "Mean length of the completions, end token included.",
-    "rollout/entropy": "Entropy of the sampler over all sampled tokens, nats: minus their mean log-probability. Unlike "
-    "train/entropy it does not depend on which completions are trained.",
+    "rollout/entropy": (
+        "Entropy of the sampler over all sampled tokens, nats: minus their mean log-probability. "
+        "Unlike train/entropy it does not depend on which completions are trained."
+    ),
     "rollout/tokens_right": "Mean length of the completions that are right.",
-    "rollout/tokens_wrong": "Mean length of those that are not. Growing while the right ones do not: the length bias.",
-    "rollout/rounds": "Rollouts that dynamic sampling made in this step; the completions of each are paid for.",
+    "rollout/tokens_wrong": (
+        "Mean length of those that are not. Growing while the right ones do not: the length bias."
+    ),
+    "rollout/rounds": (
+        "Rollouts that dynamic sampling made in this step; the completions of each are paid for."
+    ),
     "rollout/idle_groups": "Groups without spread that dynamic sampling could not replace.",
-    "rollout/truncated_share": "Share of completions cut off by max_new_tokens. If it grows, so should the budget.",
-    "rollout/unscored_share": "Share of the scores that are None: a reward function could not score the completion.",
-    "rollout/no_spread_share": "Share of groups whose rewards are all equal: they teach nothing. Above 0.8, the "
-    "questions are too hard, too easy, or the reward too coarse.",
-    "rollout/group_baseline_std": "Spread of the groups' mean rewards: how much the questions differ in difficulty.",
-    "rollout/group_baseline": "Mean over groups of the group's mean reward, which each completion is compared with.",
-    "rollout/advantage_mean": "Mean advantage. 0 by construction where rewards are compared with their group's mean.",
-    "rollout/advantage_std": "Standard deviation of the advantages. Near 1 when divided by the group's std; lower by "
-    "the groups without spread.",
-    "eval/accuracy": "Greedy accuracy on held-out questions, strict: the <answer> tag holds the reference.",
+    "rollout/truncated_share": (
+        "Share of completions cut off by max_new_tokens. If it grows, so should the budget."
+    ),
+    "rollout/unscored_share": (
+        "Share of the scores that are None: a reward function could not score the completion."
+    ),
+    "rollout/no_spread_share": (
+        "Share of groups whose rewards are all equal: they teach nothing. Above 0.8, the questions "
+        "are too hard, too easy, or the reward too coarse."
+    ),
+    "rollout/group_baseline_std": (
+        "Spread of the groups' mean rewards: how much the questions differ in difficulty."
+    ),
+    "rollout/group_baseline": (
+        "Mean over groups of the group's mean reward, which each completion is compared with."
+    ),
+    "rollout/advantage_mean": (
+        "Mean advantage. 0 by construction where rewards are compared with their group's mean."
+    ),
+    "rollout/advantage_std": (
+        "Standard deviation of the advantages. Near 1 when divided by the group's std; lower by "
+        "the groups without spread."
+    ),
+    "eval/accuracy": (
+        "Greedy accuracy on held-out questions, strict: the <answer> tag holds the reference."
+    ),
     "eval/accuracy_low": "Lower end of its 95 % interval (Wilson).",
     "eval/accuracy_high": "Upper end of its 95 % interval (Wilson).",
     "eval/accuracy_flexible": "The same, but without a tag the last number counts.",
     "eval/completion_tokens": "Mean length of the greedy completions.",
     "eval/truncated_share": "Share of the greedy completions cut off by max_new_tokens.",
     "eval/sampled_accuracy": "Share of the sampled completions that are right, strict: pass@1.",
-    "eval/pass_at_k": "Share of held-out questions with at least one right answer in eval_samples samples.",
+    "eval/pass_at_k": (
+        "Share of held-out questions with at least one right answer in eval_samples samples."
+    ),
     "time/rollout": "Seconds to sample the completions.",
-    "time/log_probs": "Seconds for the log-probabilities of the policy that sampled and of the reference.",
+    "time/log_probs": (
+        "Seconds for the log-probabilities of the policy that sampled and of the reference."
+    ),
     "time/update": "Seconds for the gradient steps.",
     "time/step": "Seconds for the whole step, without evaluation and checkpoint.",
     "time/evaluate": "Seconds for the evaluation.",
     "perf/tokens_per_second": "Completion tokens sampled per second of rollout.",
-    "perf/peak_memory_gb": "Peak memory so far: of the GPU where there is one, of the process otherwise.",
+    "perf/peak_memory_gb": (
+        "Peak memory so far: of the GPU where there is one, of the process otherwise."
+    ),
 }
 GLOSSARY |= {
     f"alarm/{name}": f"1 while this alarm is on. {alarm.advice}" for name, alarm in ALARMS.items()
@@ -91,18 +141,30 @@ REWARD_MEANING = {
 CHARTS = {
     "Is it learning?": {
         "held-out accuracy, greedy, with its 95 % interval: rises": [
-            "Margin", ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"]],
+            "Margin",
+            ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"],
+        ],
         "reward of the samples: rises": ["Multiline", ["rollout/returns$"]],
         "success of easy, middle and hard questions: all rise, easy first": [
-            "Multiline", ["rollout/success_easy", "rollout/success_middle", "rollout/success_hard"]],
+            "Multiline",
+            ["rollout/success_easy", "rollout/success_middle", "rollout/success_hard"],
+        ],
         "tokens in a completion: may rise (longer reasoning), not explode": [
-            "Multiline", [
-                "rollout/completion_tokens", "rollout/tokens_right", "rollout/tokens_wrong", "eval/completion_tokens"]],
+            "Multiline",
+            [
+                "rollout/completion_tokens",
+                "rollout/tokens_right",
+                "rollout/tokens_wrong",
+                "eval/completion_tokens",
+            ],
+        ],
     },
     "Is it healthy?": {
         "KL to the reference: below 0.1": ["Multiline", ["train/kl_divergence"]],
         "shares of groups without spread (below 0.8), truncated, clipped (below 0.3)": [
-            "Multiline", ["rollout/no_spread_share", "rollout/truncated_share", "train/clipped_share"]],
+            "Multiline",
+            ["rollout/no_spread_share", "rollout/truncated_share", "train/clipped_share"],
+        ],
         "entropy: falls slowly, never to 0": ["Multiline", ["train/entropy"]],
         "gradient norm: no steady rise": ["Multiline", ["train/grad_norm"]],
         "new/old probability: near 1": ["Multiline", ["train/ratio_mean"]],
@@ -114,7 +176,7 @@ CHARTS = {
         "seconds": ["Multiline", ["time/step", "time/rollout", "time/log_probs", "time/update"]],
         "tokens per second of rollout": ["Multiline", ["perf/tokens_per_second"]],
     },
-}  # fmt: skip
+}
 
 
 def meaning(name: str) -> str:
@@ -192,12 +254,18 @@ def of_advantages(returns: Tensor, advantages: Tensor) -> Metrics:
 
 # name in the line, metric, format
 CONSOLE = [
-    ("reward", "rollout/returns", ".3f"), ("success", "rollout/success_rate", ".3f"),
-    ("tokens", "rollout/completion_tokens", ".1f"), ("no spread", "rollout/no_spread_share", ".2f"),
-    ("rounds", "rollout/rounds", ".0f"), ("clipped", "train/clipped_share", ".3f"),
-    ("kl", "train/kl_divergence", ".4f"), ("entropy", "train/entropy", ".3f"), ("grad", "train/grad_norm", ".2f"),
-    ("skipped", "train/skipped_steps", ".0f"), ("s", "time/step", ".2f"),
-]  # fmt: skip
+    ("reward", "rollout/returns", ".3f"),
+    ("success", "rollout/success_rate", ".3f"),
+    ("tokens", "rollout/completion_tokens", ".1f"),
+    ("no spread", "rollout/no_spread_share", ".2f"),
+    ("rounds", "rollout/rounds", ".0f"),
+    ("clipped", "train/clipped_share", ".3f"),
+    ("kl", "train/kl_divergence", ".4f"),
+    ("entropy", "train/entropy", ".3f"),
+    ("grad", "train/grad_norm", ".2f"),
+    ("skipped", "train/skipped_steps", ".0f"),
+    ("s", "time/step", ".2f"),
+]
 
 
 def console_line(step: int, steps: int, row: dict[str, float]) -> str:
@@ -213,8 +281,7 @@ def console_line(step: int, steps: int, row: dict[str, float]) -> str:
     if "eval/accuracy" in row:
         parts.append(
             f"held-out accuracy {row['eval/accuracy']:.3f} "
-            f"({row['eval/accuracy_low']:.3f}–{row['eval/accuracy_high']:.3f}), "
-            f"flexible {row['eval/accuracy_flexible']:.3f}, {row['eval/completion_tokens']:.1f} "
-            "tokens"
+            f"({row['eval/accuracy_low']:.3f}–{row['eval/accuracy_high']:.3f}), flexible "
+            f"{row['eval/accuracy_flexible']:.3f}, {row['eval/completion_tokens']:.1f} tokens"
         )
     return " | ".join(parts)

@@ -29,8 +29,7 @@ def build_accelerator(config: Config) -> Accelerator:
     if config.device == "cuda" and not has_cuda:
         raise UserError(
             f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny "
-            "runs on any machine "
-            "(and --device cpu makes this one run without a GPU, slowly)."
+            "runs on any machine (and --device cpu makes this one run without a GPU, slowly)."
         )
     cpu = config.device == "cpu" or not has_cuda
     return Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
@@ -57,38 +56,8 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, precision: str, gradient_checkpointing: bool = False) -> nn.Module:
-    """A causal language model, in fp32 (or bf16 for bf16-pure), without dropout, in eval mode, on the CPU.
-
-    Only from safetensors: to read a pickle is to run what is in it.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    try:
-        architecture = AutoConfig.from_pretrained(resolve_path(name))
-        if architecture.is_encoder_decoder:
-            raise UserError(f"{name} is an encoder-decoder; choose a causal language model.")
-        if any(head.endswith("ForMaskedLM") for head in architecture.architectures or ()):
-            raise UserError(
-                f"{name} is an encoder ({architecture.architectures[0]}); choose a causal language "
-                "model."
-            )
-        # Dropout would make the log-probabilities of sampling and of training differ at random.
-        for key, value in vars(architecture).items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                setattr(architecture, key, 0.0)
-        dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
-        transformers.utils.logging.set_verbosity_error()  # its report of keys: `check_weights` says it in a sentence
-        model, found = AutoModelForCausalLM.from_pretrained(
-            resolve_path(name), config=architecture, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )  # fmt: skip
-        check_weights(name, found)
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises many kinds for a damaged file
-        raise UserError(loading_failed("model", name, error)) from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
+    """A causal language model on the CPU: fp32 (bf16 for bf16-pure), no dropout, in eval mode."""
+    model = read_model(name, torch.bfloat16 if precision == "bf16-pure" else torch.float32)
     # Out of the file's memory map, where a tensor may begin at any byte: matrix products round by
     # alignment, so a run that had loaded a checkpoint would differ in the last bit from one that
     # has trained the same weights.
@@ -107,6 +76,46 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
         else:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.eval()
+
+
+def read_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """What is in the model's folder, or on the hub; UserError if it is no causal language model.
+
+    Only from safetensors: to read a pickle is to run what is in it.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    try:
+        architecture = AutoConfig.from_pretrained(resolve_path(name))
+        if architecture.is_encoder_decoder:
+            raise UserError(f"{name} is an encoder-decoder; choose a causal language model.")
+        if any(head.endswith("ForMaskedLM") for head in architecture.architectures or ()):
+            raise UserError(
+                f"{name} is an encoder ({architecture.architectures[0]}); choose a causal language "
+                "model."
+            )
+        # Dropout would make the log-probabilities of sampling and of training differ at random.
+        for key, value in vars(architecture).items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(architecture, key, 0.0)
+        # Without its report of missing keys, which `check_weights` says in a sentence.
+        transformers.utils.logging.set_verbosity_error()
+        model, found = AutoModelForCausalLM.from_pretrained(
+            resolve_path(name),
+            config=architecture,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        check_weights(name, found)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a damaged file
+        raise UserError(loading_failed("model", name, error)) from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    return model
 
 
 @torch.no_grad()
@@ -147,7 +156,7 @@ def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 def logits_at(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
 ) -> Tensor:
-    """The logits (B, N, V) at N positions of rows (B, S) with padding; no others if the model can."""
+    """The logits (B, N, V) at N positions of padded rows (B, S); no others, if the model can."""
     inputs = padded_inputs(model, input_ids, attention_mask) | {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=positions).logits
@@ -170,13 +179,12 @@ def pad_rows(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, i
 
 
 def check_weights(name: str, found: dict[str, Any]) -> None:
-    """UserError for weights that the file lacks, or has in another shape: transformers would draw them at random."""
+    """UserError for weights that are missing, or of another shape: they would be random numbers."""
     if found["mismatched_keys"]:
         key, there, asked = min(found["mismatched_keys"])
         raise UserError(
             f"The weights of {name} do not match its config.json: {key} is {tuple(there)} in the "
-            "file and "
-            f"{tuple(asked)} by the config; take both from the same model."
+            f"file and {tuple(asked)} by the config; take both from the same model."
         )
     if found["missing_keys"]:
         raise UserError(
@@ -217,8 +225,7 @@ def loading_failed(what: str, name: str, error: Exception) -> str:
         reason = f"KeyError: {reason}"
     return (
         f"Cannot load the {what} {name!r} ({reason.rstrip('.')}); --model takes a hub name, or a "
-        "Hugging Face folder "
-        "with config.json, safetensors weights and a tokenizer."
+        "Hugging Face folder with config.json, safetensors weights and a tokenizer."
     )
 
 

@@ -46,7 +46,7 @@ def quiet_progress(what: str) -> Callable[[Iterable], tqdm]:
 
 
 def log_line(text: str) -> None:
-    """Print beside a progress bar. When nobody listens any more (`| head`, a terminal that is gone), a run goes on."""
+    """Print beside a progress bar; when nobody reads it any more (`| head`), the run goes on."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -55,7 +55,7 @@ def log_line(text: str) -> None:
 
 
 class Monitor:
-    """Collects the metrics of a step and writes them out; watches them with the alarms that it is given."""
+    """Collects the metrics of a step, writes them out, and watches them with its alarms."""
 
     def __init__(self, alarms: dict[str, Alarm] | None = None) -> None:
         self.sums: dict[str, list] = {}
@@ -64,7 +64,7 @@ class Monitor:
         self.rows: deque[dict[str, float]] = deque(maxlen=LONGEST)  # what the alarms remember
 
     def open(self, run_dir: Path, start_step: int = 0) -> None:
-        """Open the run's logs; what a run that is resumed had written after `start_step` is taken back."""
+        """Open the run's logs; what a resumed run had written after `start_step` is taken back."""
         self.file = run_dir / "metrics.jsonl"
         first = (
             start_step + 1 if start_step else 0
@@ -76,7 +76,7 @@ class Monitor:
         self.writer = SummaryWriter(run_dir, purge_step=first)
 
     def add(self, name: str, total: Number, count: Number = 1) -> None:
-        """Add to a metric, whose value is sum / count. Tensors stay where they are until `flush`."""
+        """Add to a metric; its value is sum / count. Tensors stay where they are until `flush`."""
         meaning(name)
         held = self.sums.setdefault(name, [0, 0])
         held[0] = held[0] + total
@@ -165,13 +165,13 @@ class Monitor:
 
 
 def ignore_full_disk(details: threading.ExceptHookArgs) -> None:
-    """No traceback for TensorBoard's writer thread where the disk is full: the next `flush` raises its error."""
+    """No traceback of TensorBoard's thread when the disk is full: the next `flush` raises."""
     if not issubclass(details.exc_type, OSError):
         threading.__excepthook__(details)
 
 
 def keep_before(file: Path, step: int) -> list[dict[str, float]]:
-    """Drop the lines of metrics.jsonl from `step` on, and one that was not written to its end; returns the others."""
+    """Drop the lines of metrics.jsonl from `step` on, and an unfinished one; return the others."""
     kept, rows = [], []
     file.touch()
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
@@ -199,7 +199,7 @@ def keep_before(file: Path, step: int) -> list[dict[str, float]]:
 
 
 def keep_events_before(file: Path, step: int) -> None:
-    """Drop the events of a TensorBoard file from `step` on, and one that was not written to its end.
+    """Drop the events of a TensorBoard file from `step` on, and an unfinished one.
 
     The new file's purge_step asks its readers for that; not all of them do it for steps that are
     not written again.
@@ -229,7 +229,7 @@ def peak_memory_gb() -> float:
 
 
 def describe_run(monitor: Monitor, config_yaml: str, arithmetic: str) -> None:
-    """The pages that let a reader of TensorBoard understand the run: how to read it, and its settings."""
+    """Pages for a reader of TensorBoard: what the metrics mean, and the settings of the run."""
     rewards = {
         f"reward/NAME_{statistic}": text.format("NAME")
         for statistic, text in REWARD_MEANING.items()

@@ -1,4 +1,4 @@
-"""Logits in pieces: a function of (tokens × vocabulary) tensors without ever keeping one in float32.
+"""Logits in pieces: a function of (tokens × vocabulary) tensors, and never one of them in float32.
 
 The function is applied to some rows at a time, and applied to them again in the backward pass. The
 result is the same as of one call with all rows.

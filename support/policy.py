@@ -1,4 +1,4 @@
-"""The policy and its frozen reference: language models that are asked how likely their tokens are."""
+"""The policy and its frozen reference: models that are asked how likely tokens are."""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +47,7 @@ class Policy(nn.Module):
         return self.model.device
 
     def copy_in_bf16(self, name: str | None) -> None:
-        """Sample from a copy of the model in bf16 from now on, if it takes that; None: from itself."""
+        """From now on sample from a bf16 copy of the model, if it can have one; None: itself."""
         copy = None if name is None else bf16_copy(self.model, name)
         # Not a part of this module: it is neither trained nor saved, and stays in eval mode.
         object.__setattr__(self, "bf16_copy", copy)

@@ -1,4 +1,4 @@
-"""What is tried before a run: does the model do what GRPO asks of it, is the sampler the trainer?
+"""Tried before a run: the model does what GRPO asks of it, and sampler and trainer agree.
 
 What belongs to the algorithm (log-probabilities, sampling) is handed in.
 """
@@ -15,7 +15,7 @@ from support.config import Config
 from support.data import Question
 from support.errors import UserError
 from support.generation import Sampling, replaced_generation_config
-from support.model import pad_rows, padded_inputs
+from support.model import logits_at, pad_rows
 
 TOKENS = 16  # of each completion that is tried
 # Nats for a token. Rounding is 1e-6, and 0.03 in bf16 at the most.
@@ -50,8 +50,7 @@ def check_model(
         if len(tokenizer) > rows:
             raise UserError(
                 f"The tokenizer of {config.model} has {len(tokenizer)} tokens, the model only "
-                f"{rows}: "
-                "no match. Give the model its own tokenizer."
+                f"{rows}: no match. Give the model its own tokenizer."
             )
         settings = vars(model.config)
         positions = settings.get("max_position_embeddings") or settings.get("n_positions")
@@ -99,7 +98,10 @@ def find_fault(model: nn.Module, log_probs: Callable[..., tuple[Tensor, ...]]) -
     # Rounding alone may choose another expert, of a like weight.
     most = 0.05 if model.dtype == torch.float32 else 0.5
     if (alone - before).abs().max() > most:
-        return "looks at the tokens that come after, as an encoder does; choose a causal language model"
+        return (
+            "looks at the tokens that come after, as an encoder does; choose a causal language "
+            "model"
+        )
     if (alone - beside).abs().max() > most:
         return "does not leave padding out of its computation; choose an attention model"
     if generation_gap(model, both[0][:, :18], both[1][:, :18]) > most:
@@ -121,8 +123,10 @@ def generation_gap(model: nn.Module, prompts: Tensor, mask: Tensor) -> float:
         )
     logits = torch.stack(output.logits, dim=1)
     mask = nn.functional.pad(mask, (0, logits.shape[1]), value=True)
-    inputs = padded_inputs(model, output.sequences, mask)
-    again = model(**inputs, use_cache=False).logits[:, -logits.shape[1] - 1 : -1]
+    # Picked by position, as the log-probabilities do: a head that picks others is noticed here.
+    width = output.sequences.shape[1]
+    positions = torch.arange(width - logits.shape[1] - 1, width - 1, device=prompts.device)
+    again = logits_at(model, output.sequences, mask, positions)
     gap = logits.float().log_softmax(dim=-1) - again.float().log_softmax(dim=-1)
     return gap.abs().max().item()
 
@@ -167,10 +171,10 @@ def check_sampler(
         other = other if config.precision == "fp32" else f"--precision fp32, or {other}"
         raise UserError(
             f"{config.model} is sampled from otherwise than it is trained: log-probabilities "
-            "differ by "
-            f"{max(gaps):.2g} nats per token, and rounding would be below {limit:.2g}; try {other}."
+            f"differ by {max(gaps):.2g} nats per token, and rounding would be below {limit:.2g}; "
+            f"try {other}."
         )
     print(
-        "tried: sampler and trainer give the same log-probabilities "
-        f"({max(gaps):.1g} nats per token apart)"
+        f"tried: sampler and trainer give the same log-probabilities ({max(gaps):.1g} nats per "
+        "token apart)"
     )

@@ -1,8 +1,8 @@
 """What surrounds the steps of a run: its folder, signals, seeds, evaluation, log, checkpoints.
 
 The functions are given the trainer of train.py, here `run`. Of it they use what every training loop
-has: config, tokenizer, policy, optimizer, loss, questions, held_out, monitor, sample; and start_step
-and skipped, which they set.
+has: config, tokenizer, policy, optimizer, loss, questions, held_out, monitor, sample; and
+start_step and skipped, which they set.
 """
 
 import signal
@@ -22,7 +22,6 @@ from support.errors import UserError
 from support.evaluation import evaluate
 from support.model import set_learning_rate
 from support.monitor import describe_run, log_line, progress, quiet_progress
-
 
 Steps = Iterator[tuple[int, torch.Generator]]
 
@@ -46,15 +45,16 @@ def open_run(
     run = build(config, resume)
     if run.start_step >= config.steps:
         raise UserError(
-            f"The run is already at step {run.start_step} of {config.steps}; raise --steps to go on."
+            f"The run is already at step {run.start_step} of {config.steps}; raise --steps to go "
+            "on."
         )
     run.run_dir, held = (Path(resume), held) if resume else checkpoint.new_run_dir(config)
     start = (
         f"from step {run.start_step} " if run.start_step else "from the start " if resume else ""
     )
     print(
-        f"training {start}in {run.run_dir} on {run.policy.device}; watch it: tensorboard --logdir "
-        f"{run.run_dir}"
+        f"training {start}in {run.run_dir} on {run.policy.device.type}; watch it: tensorboard "
+        f"--logdir {run.run_dir}"
     )
     steps = scheduled_steps(run)
     try:
@@ -96,8 +96,8 @@ def restore(run: Any, state: checkpoint.TrainerState | None) -> None:
 def scheduled_steps(run: Any) -> Steps:
     """The steps that are left, each with a generator for the order of its mini-batches.
 
-    Before each one: its seed and its learning rate. After it: held-out accuracy and a checkpoint, if
-    they are due, and its line of the log. Ends early when a signal asks for it.
+    Before each one: its seed and its learning rate. After it: held-out accuracy and a checkpoint,
+    if they are due, and its line of the log. Ends early when a signal asks for it.
 
     Raises:
         UserError: too many optimizer steps in a row had no finite gradient. A checkpoint is saved.
@@ -222,6 +222,6 @@ def say_goodbye(run_dir: Path, step: int) -> None:
     log_line(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
     if saved:
         log_line(
-            f"look: python run.py --model {run_dir}   "
-            f"go on: python train.py --resume {run_dir} --steps {2 * step}"
+            f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} "
+            f"--steps {2 * step}"
         )

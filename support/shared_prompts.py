@@ -76,14 +76,17 @@ def shared_log_probs(
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Completions of the same prompts in one row of T tokens: no padding, no last tokens.
+    """Completions of the same prompts in one row of T tokens: each prompt once, without padding.
 
-        the row       p0 p1 | a2 a3 | b2 | …     a prompt p0 p1, and its completions a2 a3 a4 and b2
-        b3 positions      0  1    2  3    2 attend to     p0 p1 see p0 p1; a2 a3 see p0 p1 a2 a3; b2
-        sees p0 p1 b2; up to their own position predict       p1 → a2 (and b2), a2 → a3, a3 → a4, b2
-        → b3: the causal shift
+        prompt p0 p1, completions a2 a3 a4 and b2 b3
 
-    The last token of a completion predicts nothing, so it is not there.
+        the row      p0 p1 | a2 a3 | b2
+        positions     0  1    2  3    2
+        predicts     p1 → a2 and b2; a2 → a3; a3 → a4; b2 → b3 (the causal shift)
+        attends to   p0 p1: themselves; a2 a3: p0 p1 a2 a3; b2: p0 p1 b2; and nothing later
+
+    The last token of a completion predicts nothing, so it is not in the row. N completion tokens
+    are predicted in all.
     """
 
     source: Tensor  # int64 (1, T): the place of each token in the (B, P + C) sequences
@@ -217,7 +220,7 @@ class Head:
 def share_prompts(
     model: nn.Module, name: str, longest: int, log_probs: LogProbs, shared: LogProbs
 ) -> bool:
-    """Prepare the model for `shared_log_probs`, if it gives the plain numbers; say so if it does not.
+    """Prepare the model for `shared_log_probs` if it gives the plain numbers; else say so.
 
     Not, for example: models with a recurrent state, with ALiBi, with attention that is not sdpa,
     with a head that does more than `Head` knows. Tried on a few tokens: both ways under our
@@ -250,8 +253,7 @@ def share_prompts(
         model.set_attn_implementation(own)
         print(
             f"{name} computes a prompt once for each completion ({reason}): slower, the numbers "
-            "are "
-            "the same"
+            "are the same"
         )
     return fine
 

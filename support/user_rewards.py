@@ -77,7 +77,7 @@ def load_function(path: Path, name: str) -> RewardFunction:
 
 
 def check_signature(function: RewardFunction, name: str) -> None:
-    """UserError, before anything is sampled, for a function that cannot be called as a reward is."""
+    """UserError, before anything is sampled, for a function that takes other arguments."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have none
@@ -88,8 +88,8 @@ def check_signature(function: RewardFunction, name: str) -> None:
         )
     except TypeError as error:
         raise UserError(
-            f"The reward {name} does not take what a reward is given ({error}); write it as "
-            f"def {name}(prompts, completions, **columns)."
+            f"The reward {name} does not take what a reward is given ({error}); write it as def "
+            f"{name}(prompts, completions, **columns)."
         ) from error
     if inspect.iscoroutinefunction(function):
         raise UserError(f"The reward {name} is asynchronous; write it with def, not async def.")
@@ -200,7 +200,7 @@ def call_function(
     columns: dict[str, Any],
     seconds: float,
 ) -> Any:
-    """What a function returns for copies of the arguments; Failed if it raises, hangs, miscounts."""
+    """What a function returns for copies of the arguments; Failed if it raises or hangs."""
     # Copies: what it does to them must not reach the next function, or the tokens that are trained.
     given = {
         "prompts": list(prompts),

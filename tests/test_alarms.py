@@ -127,7 +127,9 @@ def test_each_limit_from_both_sides(name):
 def test_missing_metrics_are_no_alarm():
     assert active_alarms(ALARMS, [{"eval/accuracy": 0.0}]) == []
     assert (
-        active_alarms(ALARMS, [HEALTHY | {"train/kl_divergence": 9.0}] * 5 + [{"eval/accuracy": 0.0}])
+        active_alarms(
+            ALARMS, [HEALTHY | {"train/kl_divergence": 9.0}] * 5 + [{"eval/accuracy": 0.0}]
+        )
         == []
     )
 

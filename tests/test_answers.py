@@ -5,7 +5,13 @@ import time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.answers import find_answer, find_reasoning, is_correct, is_correct_flexible, same_answer
+from support.answers import (
+    find_answer,
+    find_reasoning,
+    is_correct,
+    is_correct_flexible,
+    same_answer,
+)
 
 RIGHT = [
     ("72", "72"), (" 72 ", "72"), ("$72", "72"), ("72.0", "72"), ("1,000", "1000"), ("1000", "1,000"), ("72 apples", "72"),

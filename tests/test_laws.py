@@ -295,9 +295,7 @@ def test_clip_stops_the_optimistic_side_and_dual_clip_the_far_one(log_r, a, low,
     r = math.exp(log_r)
     if min(abs(r - edge) for edge in (1 - low, 1 + high, c)) < 1e-9 or abs(a) < 1e-9:
         return
-    e = replace(
-        Experience.of([1], [2]), action_log_probs=torch.tensor([-4.0], dtype=torch.float64)
-    )
+    e = replace(Experience.of([1], [2]), action_log_probs=torch.tensor([-4.0], dtype=torch.float64))
     e = replace(e, advantages=torch.tensor(a, dtype=torch.float64))
     idle = r > 1 + high if a > 0 else r < 1 - low
     for dual in None, c:

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from loss import GRPOLoss, approx_kl_divergence, group_advantages
+from loss import approx_kl_divergence, group_advantages
 from objectives.equations import (
     TOKEN_WEIGHTS,
-    ObjectiveLoss,
     build_loss,
     objective_advantages,
     token_weights,

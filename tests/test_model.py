@@ -253,3 +253,22 @@ def test_weights_do_not_stay_in_the_files_memory_map(tmp_path, tokenizer):
         "what transformers does; without it nothing is tried here"
     )
     assert not any(p.data_ptr() % 64 for p in load_model(str(tmp_path), "fp32").parameters())
+
+
+def test_a_head_that_picks_other_positions_is_refused(model, tokenizer):
+    """sft.py compares nothing with the sampler: it would train each token's neighbour in silence."""
+
+    class Shifted(type(model)):
+        def forward(self, *args, logits_to_keep=0, **kwargs):
+            if isinstance(logits_to_keep, torch.Tensor):
+                logits_to_keep = logits_to_keep - 1
+            return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    small = Config(max_prompt_tokens=8, max_new_tokens=8)
+    check_model(model, tokenizer, small, sequences_log_probs)
+    model.__class__ = Shifted
+    with pytest.raises(UserError, match="generates from other probabilities"):
+        check_model(model, tokenizer, small, sequences_log_probs)

@@ -361,9 +361,9 @@ def test_every_row_and_every_name_has_a_reference():
     """A new row or a new choice cannot come without its slow twin."""
     assert set(ROWS) == set(OBJECTIVES)
     assert set(KL) == set(CHOICES["kl_estimator"]) and set(MEANS) == set(CHOICES["loss_agg_mode"])
-    assert set(SAMPLERS) | {"none"} == set(CHOICES["sampler_correction"]) and set(ADVANTAGES) == set(
-        CHOICES["advantage"]
-    )
+    assert set(SAMPLERS) | {"none"} == set(CHOICES["sampler_correction"]) and set(
+        ADVANTAGES
+    ) == set(CHOICES["advantage"])
     built = [find_objective(row, **given) for row, given, _ in CASES.values()]
     for column, names in CHOICES.items():
         assert set(names) == {getattr(o, column) for o in built} | ({"none"} & set(names)), column
@@ -401,13 +401,13 @@ def reward_tables(seed):
     tables = (
         (torch.rand(3, GROUPS, 6, generator=g, dtype=torch.float64) * 4).round(decimals=1).tolist()
     )
-    for k, table in enumerate(tables):
-        table[1] = [0.1 * (k + 1)] * 6
-        table[2] = [None] * 6
-        table[3][:2] = table[3][3:] = [None] * 3
-        table[3] = [None, None, table[3][2], None, None, None]
-        table[4][:4] = [None] * 4
-        table[5][k] = None  # scored by the others
+    for k, rewards in enumerate(tables):
+        rewards[1] = [0.1 * (k + 1)] * 6
+        rewards[2] = [None] * 6
+        rewards[3][:2] = rewards[3][3:] = [None] * 3
+        rewards[3] = [None, None, rewards[3][2], None, None, None]
+        rewards[4][:4] = [None] * 4
+        rewards[5][k] = None  # scored by the others
     tables[0][6] = [None] * 6  # one function scores nothing of this group
     tables[1][6] = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]  # the best is shared
     return tables
@@ -644,12 +644,18 @@ def test_the_papers_row_is_the_same_in_both_classes(given):
         cs = completions(seed)
         returns = torch.rand(3, 5, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
         found = [m.advantages(returns, returns[None], [1.0]) for m in (paper, general)]
-        assert torch.equal(*found) and torch.equal(found[0], objective_advantages(returns, returns[None], [1.0], o))
+        assert torch.equal(*found) and torch.equal(
+            found[0], objective_advantages(returns, returns[None], [1.0], o)
+        )
         lengths = [len(c.lp) for c in cs]
         weights = [m.token_weights(lengths, MAX_NEW_TOKENS) for m in (paper, general)]
-        assert torch.equal(*weights) and paper.trains_zero_advantage == general.trains_zero_advantage
+        assert (
+            torch.equal(*weights) and paper.trains_zero_advantage == general.trains_zero_advantage
+        )
         for on_policy in (False, True):
-            (a, of_paper), (b, of_general) = (whole_loss(m, cs, weights[0], on_policy) for m in (paper, general))
+            (a, of_paper), (b, of_general) = (
+                whole_loss(m, cs, weights[0], on_policy) for m in (paper, general)
+            )
             assert a == b and torch.equal(gradients(a, cs), gradients(b, cs))
             assert of_paper == of_general
     k3 = [f(LOGITS, REF) for f in (approx_kl_divergence, kl_divergence)]
@@ -806,7 +812,9 @@ def test_every_refusal_is_reached():
     returns = [n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Return)]
     sentences = [v for v in returns if not (isinstance(v, ast.Constant) and v.value is None)]
     assert len(sentences) == len(REFUSED)
-    every = [name for name in vars(table) if name.startswith("check_") and name != "check_objective"]
+    every = [
+        name for name in vars(table) if name.startswith("check_") and name != "check_objective"
+    ]
     assert every == [check.__name__ for check in checks], "a check that this test does not know"
     assert len({sentence for _, _, sentence, _ in REFUSED}) == len(REFUSED)
     with pytest.raises(UserError, match="objective"):
@@ -845,9 +853,7 @@ def test_the_adaptive_entropy_bonus_moves_acts_and_is_saved():
     grown = build_loss(find_objective("dapo", entropy_target=0.5))
     grown.adapt(0.1)
     e, (lp, entropy, _) = batch(completions(1)[:1])
-    loss, before = (
-        f(lp, e, torch.full((1,), 0.2), entropy)[0] for f in (grown, dapo)
-    )
+    loss, before = (f(lp, e, torch.full((1,), 0.2), entropy)[0] for f in (grown, dapo))
     assert (before - loss).item() == pytest.approx(0.005 * entropy.mean().item()), (
         "one that began at 0 acts too"
     )

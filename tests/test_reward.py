@@ -54,7 +54,10 @@ def score_texts(rewards, weights, completions, seconds=60.0, max_new_tokens=100,
         question = Question("q", reference, "", columns=own, prompt="p")
         groups.append(Group(question, [Completion(ids, text, truncated=False)]))
     config = Config(
-        reward=list(rewards), reward_weights=weights, reward_timeout=seconds, max_new_tokens=max_new_tokens
+        reward=list(rewards),
+        reward_weights=weights,
+        reward_timeout=seconds,
+        max_new_tokens=max_new_tokens,
     )
     scored = score(groups, rewards, config)
     by_name = torch.cat([group.rewards for group in scored], dim=1)
@@ -348,7 +351,9 @@ def test_nothing_that_is_written_raises(completion, reference):
         (value,) = function(**columns)
         assert isinstance(value, float) and math.isfinite(value)
     ids = columns["completion_ids"]
-    score_texts(REWARDS, [1.0] * len(REWARDS), [completion], reference=[reference], completion_ids=ids)
+    score_texts(
+        REWARDS, [1.0] * len(REWARDS), [completion], reference=[reference], completion_ids=ids
+    )
     for find in (find_answer, find_reasoning):
         assert isinstance(find(completion), str | None)
     assert isinstance(same_answer(completion, reference), bool)
