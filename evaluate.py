@@ -13,7 +13,7 @@ from functools import partial
 from accelerate.utils import set_seed
 
 from loss import sequences_log_probs
-from objectives.table import CHOICES
+from objectives.table import NAMES
 from rollout import rollout
 from support.command_line import parse_run_config
 from support.errors import command
@@ -27,7 +27,7 @@ from support.preflight import check_model
 @command
 def main(argv: list[str]) -> None:
     """Evaluate `--model` and print each figure with its meaning."""
-    config, _ = parse_run_config(argv, __doc__, CHOICES)
+    config, _ = parse_run_config(argv, __doc__, NAMES)
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model)
     questions = held_out_questions(config, tokenizer)

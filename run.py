@@ -12,7 +12,7 @@ import textwrap
 from dataclasses import replace
 
 from loss import sequences_log_probs
-from objectives.table import CHOICES
+from objectives.table import NAMES
 from rollout import Completion, rollout
 from support.answers import find_answer, find_reasoning, is_correct
 from support.checkpoint import find_model
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     config, others = parse_run_config(
         argv,
         __doc__,
-        CHOICES,
+        NAMES,
         question="the question to ask; without one, the first three of the test set",
         base="the model to compare with, instead of the one the run started from",
     )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from loss import sequences_log_probs
 from objectives.equations import token_weights
-from objectives.table import CHOICES
+from objectives.table import NAMES
 from replay_buffer import Experience, batches, pad_batch
 from support.checkpoint import new_run_dir
 from support.command_line import parse_config
@@ -90,7 +90,7 @@ def fit(
 @command
 def main(argv: list[str]) -> None:
     """Train on the solutions of `config.dataset`, then write <run_dir>/model."""
-    config, others = parse_config(argv, __doc__, CHOICES)
+    config, others = parse_config(argv, __doc__, NAMES)
     if others["resume"]:
         raise UserError("sft.py cannot resume, it is short: start again, in another --run_dir.")
     accelerator = build_accelerator(config)

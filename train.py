@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from loss import GRPOLoss
 from objectives import equations, participation
-from objectives.table import CHOICES, Objective, objective_of
+from objectives.table import NAMES, Objective, objective_of
 from replay_buffer import Experience, ReplayBuffer, batches, pad_batch
 from reward import REWARDS, score
 from rollout import Group, rollout
@@ -253,7 +253,7 @@ def build(config: Config, resume: str | None) -> Trainer:
 @command
 def main(argv: list[str]) -> None:
     """Read the command line, build the trainer, open the run folder, train."""
-    config, others = parse_config(argv, __doc__, CHOICES)
+    config, others = parse_config(argv, __doc__, NAMES)
     with open_run(config, others["resume"], build) as (trainer, steps):
         train(trainer, steps)
 

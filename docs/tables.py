@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from objectives.table import CHOICES, OBJECTIVES, Objective  # noqa: E402
+from objectives.table import NAMES, OBJECTIVES, Objective  # noqa: E402
 from support.alarms import ALARMS  # noqa: E402
 from support.config import PRESETS, SYSTEM_PROMPT, Config  # noqa: E402
 from support.foreign_options import OWNERS  # noqa: E402
@@ -84,7 +84,7 @@ def folder(name: str) -> str:
 
 def meaning(name: str, text: str) -> str:
     """The meaning of an option, with the names that it takes."""
-    names = {"objective": OBJECTIVES} | CHOICES
+    names = NAMES
     return f"{text}: {', '.join(names[name])}" if name in names else text
 
 

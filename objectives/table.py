@@ -214,6 +214,9 @@ OBJECTIVES: dict[str, Objective] = {
     "pass_at_k": Objective(advantage="pass-at-k", advantage_std="none", kl_weight=0.0),
 }
 
+# What --help lists: the names that an option takes.
+NAMES = {"objective": tuple(OBJECTIVES), **CHOICES}
+
 
 def objective_of(config: Any) -> Objective:
     """The objective of a Config: its row, and the columns that it states."""

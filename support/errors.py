@@ -24,11 +24,11 @@ def choose(name: str, options: Iterable[str], what: str, listed: str = "") -> st
     if name in options:
         return name
     near = difflib.get_close_matches(name.lower(), options, n=1)
-    every = (
-        f"choose one of: {', '.join(options)}." if len(options) <= MOST_SHOWN or not near else ""
-    )
     guess = f"did you mean {near[0]}?" if near else ""
-    raise UserError(" ".join(filter(None, [f"There is no {what} {name!r};", guess, every])))
+    every = f"choose one of: {', '.join(options)}."
+    if len(options) > MOST_SHOWN:
+        every = f"{listed or 'the documentation'} lists them all." if not near else ""
+    raise UserError(" ".join(filter(None, [f"There is no {what} {name[:80]!r};", guess, every])))
 
 
 def silence() -> None:

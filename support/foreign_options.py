@@ -5,7 +5,7 @@ Where the unit differs, the sentence says so.
 
 from support.errors import UserError
 
-# Name, ours, and what differs; None: there is nothing like it here.
+# Name: ours, and what differs.
 TUTORIAL = {
     "num_rollouts": ("--group_size", ""),
     "max_length": (
@@ -119,6 +119,17 @@ VERL = {
     "enable_gradient_checkpointing": ("--gradient_checkpointing", ""),
 }
 OWNERS = {"the tutorial": TUTORIAL, "TRL": TRL, "verl": VERL}
+# What others have and this project does not: why, or what to do.
+GENERATE = "completions are sampled by transformers' generate"
+DRAWN = "tokens are drawn from softmax(logits / --temperature), as they are trained; see --top_p"
+ABSENT = {
+    **dict.fromkeys(("use_vllm", "vllm_mode", "rollout.name"), GENERATE),
+    **dict.fromkeys(("top_k", "min_p", "repetition_penalty"), DRAWN),
+    **dict.fromkeys(("gamma", "lam", "vf_coef", "cliprange_value"), "GRPO has no value function"),
+    **dict.fromkeys(("use_peft", "lora_r", "lora_rank", "lora_alpha"), "all weights are trained"),
+    **dict.fromkeys(("deepspeed", "fsdp", "n_gpus_per_node", "nnodes"), "a run has one device"),
+    **dict.fromkeys(("report_to", "logging_steps"), "each step goes to TensorBoard and to a file"),
+}
 
 
 def explain_foreign_option(argument: str) -> None:
@@ -130,10 +141,11 @@ def explain_foreign_option(argument: str) -> None:
     name = argument.split("=")[0].lstrip("-–—+").replace("-", "_")
     parts = name.split(".")
     # verl's names are paths; the last parts of them say enough.
-    endings = [".".join(parts[i:]) for i in range(len(parts))]
-    for owner, options in OWNERS.items():
-        for ending in endings:
+    for ending in (".".join(parts[i:]) for i in range(len(parts))):
+        for owner, options in OWNERS.items():
             if ending in options:
                 ours, note = options[ending]
                 note = f" ({note})" if note else ""
                 raise UserError(f"{name} is the name that {owner} uses; here it is {ours}{note}.")
+        if ending in ABSENT:
+            raise UserError(f"There is no option {name} here: {ABSENT[ending]}; leave it out.")

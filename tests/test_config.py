@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from objectives.table import CHOICES, OBJECTIVES, Objective
+from objectives.table import CHOICES, NAMES, OBJECTIVES, Objective
 from support import command_line
 from support.command_line import check_change
 from support.config import PRESETS, Config
@@ -13,7 +13,7 @@ from support.errors import UserError
 
 
 def parse_config(argv):
-    return command_line.parse_config(argv, "A command.", CHOICES)
+    return command_line.parse_config(argv, "A command.", NAMES)
 
 
 def test_presets_and_flags():
@@ -172,3 +172,40 @@ def test_auto_is_called_auto_on_resume(capsys):
     check_change("runs/x", "lr", 1e-5, 1e-5)
     said = "micro_batch_size from 64 to auto\nchanged on resume: clip_eps from the objective's own to 0.3\n"
     assert capsys.readouterr().out == "changed on resume: " + said
+
+
+LIMITED = [f for f in dataclasses.fields(Config) if f.metadata["help"].limits]
+
+
+@pytest.mark.parametrize("option", LIMITED, ids=lambda f: f.name)
+def test_each_limit_from_both_sides(option):
+    """The last number that is allowed, and the first one that is not."""
+    limits = option.metadata["help"].limits
+    whole = isinstance(option.default, int) or "int" in str(option.type)
+    step = 1 if whole else 1e-6
+    good, bad = [], []
+    if "at_least" in limits:
+        good, bad = [limits["at_least"]], [limits["at_least"] - step]
+    if "above" in limits:
+        good, bad = [*good, limits["above"] + step], [*bad, limits["above"]]
+    most = 1 if limits.get("share") else limits.get("at_most", 10**9)
+    good, bad = [*good, most], [*bad, most + max(step, most * 1e-9)]
+    for value in bad:
+        value = int(value) if whole else float(value)
+        with pytest.raises(UserError, match=f"^--{option.name} is "):
+            Config(**{option.name: value})
+    for value in good:
+        try:
+            Config(**{option.name: int(value) if whole else float(value)})
+        except UserError as error:  # another option's limit may come first: so many sequences, say
+            assert not str(error).startswith(f"--{option.name} is "), error
+
+
+def test_help_names_what_an_option_takes(capsys):
+    """Each objective, and each choice of its columns, as --help prints them."""
+    with pytest.raises(SystemExit) as caught:
+        parse_config(["--help"])
+    assert caught.value.code == 0
+    words = capsys.readouterr().out.replace(",", " ").split()
+    for names in (OBJECTIVES, *CHOICES.values()):
+        assert set(names) <= set(words)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loss import approx_kl_divergence, group_advantages
+from loss import GRPOLoss, approx_kl_divergence, group_advantages
 from objectives.equations import (
     TOKEN_WEIGHTS,
     build_loss,
@@ -233,3 +233,32 @@ def test_unscored_completions_take_no_part():
     )
     torch.testing.assert_close(found[0, [0, 2]], advantages(torch.tensor([[1.0, 0.0]]))[0])
     assert found[0, 1] == 0 and found[0, 3] == 0 and (found[1:] == 0).all()
+
+
+def test_a_column_of_returns_is_refused_by_its_shape():
+    """The tutorial's way, (group_size, 1): each completion would be a group of its own, and every advantage 0."""
+    returns = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    for shape in ((4, 1), (1,), (), (2, 2, 1)):
+        with pytest.raises(
+            ValueError, match="hold groups of one completion.*give .questions, group_size."
+        ):
+            group_advantages(
+                returns[:1].view(shape) if math.prod(shape) == 1 else returns.view(shape)
+            )
+    row = group_advantages(returns)
+    assert row.shape == (4,) and torch.equal(group_advantages(returns[None])[0], row)
+    assert torch.equal(
+        group_advantages(returns.view(2, 2)),
+        torch.stack([group_advantages(r) for r in returns.view(2, 2)]),
+    )
+
+
+def test_the_papers_loss_needs_no_table():
+    """`GRPOLoss(clip_eps, kl_weight)`, as in the tutorial; the tutorial's defaults."""
+    log_probs, e = make_batch()
+    module = GRPOLoss(clip_eps=0.2, kl_weight=0.01)
+    weights = module.token_weights(LENGTHS, max_new_tokens=99).double()
+    loss, _ = module(log_probs, e, weights)
+    assert torch.equal(loss, GRPOLoss()(log_probs, e, weights)[0])
+    slow = slow_loss(log_probs, e, "seq-mean-token-mean", 0.2, 0.2, 0.01)
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-6)
