@@ -84,8 +84,7 @@ def folder(name: str) -> str:
 
 def meaning(name: str, text: str) -> str:
     """The meaning of an option, with the names that it takes."""
-    names = NAMES
-    return f"{text}: {', '.join(names[name])}" if name in names else text
+    return f"{text}: {', '.join(NAMES[name])}" if name in NAMES else text
 
 
 def options() -> str:
