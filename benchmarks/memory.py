@@ -1,21 +1,23 @@
 """Peak memory of one update against sequence length and vocabulary: the common way, and ours.
 
-    python benchmarks/memory.py                          then results/memory.md and memory.jsonl; about ten minutes
-    python benchmarks/memory.py --lengths 128 --vocabularies 50000 --repeats 1          one column of it
+    python benchmarks/memory.py            then results/memory.md and memory.jsonl; ten minutes
+    python benchmarks/memory.py --lengths 128 --vocabularies 50000 --repeats 1
 
-The update is forward and backward of one micro-batch: two questions with four completions each, half of every sequence
-is prompt. The model is a Llama with random weights, small in its layers and not in its vocabulary, as small real models
-are. What is counted comes on top of what is there before: the model and its gradients. Four ways to the same numbers:
+The update is forward and backward of one micro-batch: two questions with four completions each,
+half of every sequence is prompt. The model is a Llama with random weights, small in its layers and
+not in its vocabulary, as small real models are. What is counted comes on top of what is there
+before: the model and its gradients. Four ways to the same numbers:
 
-    plain          full logits of prompt and completion, a copy of them in fp32, log_softmax, gather: the common way
-    pieces         the completion's logits only, log-softmax in pieces (share=False of sequences_log_probs)
-    shared         each prompt once for its completions, the head in pieces too (share=True)
+    plain          all logits, a copy of them in fp32, log_softmax, gather: the common way
+    pieces         the completion's logits only, log-softmax in pieces (loss.py)
+    shared         each prompt once for its completions, the head in pieces (shared_prompts.py)
     shared+ckpt    shared, with gradient checkpointing
 
-Each measurement is a fresh process, on one thread, and the table has the median. On the CPU: the highest resident size
-(Linux resets it on request) less the resident size before; malloc is told to give memory back at once. On a GPU:
-max_memory_allocated. Each process first checks its log-probabilities and gradient against the plain way on a short
-batch, to 1e-4; and here the log-probabilities and the gradient's norm must agree between the ways at full length.
+Each measurement is a fresh process, on one thread, and the table has the median. On the CPU: the
+highest resident size (Linux resets it on request) less the resident size before; malloc is told to
+give memory back at once. On a GPU: max_memory_allocated. Each process first checks its
+log-probabilities and gradient against the plain way on a short batch, to 1e-4; and the
+log-probabilities and the gradient's norm must agree between the ways at full length.
 """
 
 import argparse
@@ -27,33 +29,41 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import (
+    RESULTS,
+    available,
+    command_line,
+    machine,
+    positive,
+    table,
+    versions,
+    write_jsonl,
+    write_lines,
+)
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from loss import sequences_log_probs, token_log_probs
+from support.command_line import Parser
+from support.errors import UserError, choose, command
+from support.shared_prompts import share_prompts, shared_log_probs
 
-from roofline import available, command_line, machine, positive, versions  # noqa: E402
-
-from config import Parser  # noqa: E402
-from errors import UserError, choose, command  # noqa: E402
-from log_probs import sequences_log_probs, share_prompts  # noqa: E402
-
-WAYS = {
-    "plain": (None, False), "pieces": (False, False), "shared": (True, False), "shared+ckpt": (True, True),
-}  # fmt: skip
-# name: (share, or None for the common way; gradient checkpointing)
 QUESTIONS, GROUP = 2, 4
 HIDDEN, LAYERS = 256, 4
 TOLERANCE = 1e-4
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1",
-          "OMP_NUM_THREADS": "1"}  # fmt: skip
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
-# ------------------------------------------------------------------------------------------------ inside a process
+# --------------------------------------------------------------------- inside a process
 
 
 def build_model(vocabulary: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -62,46 +72,54 @@ def build_model(vocabulary: int, dtype: torch.dtype, device: torch.device) -> nn
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=8192,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
     return LlamaForCausalLM(config).to(device, dtype)
 
 
 def make_batch(length: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Sequences and mask (B, P + C), and C: neighbours have the same prompt, half of the length is completion."""
-    generator = torch.Generator().manual_seed(1)
-    prompt = length // 2
-    prompts = torch.randint(vocabulary, (QUESTIONS, prompt), generator=generator).repeat_interleave(
-        GROUP, 0
-    )
+    """Sequences and mask (B, P + C), and C, half of the length; neighbours share their prompt."""
+    generator, prompt = torch.Generator().manual_seed(1), length // 2
+    prompts = torch.randint(vocabulary, (QUESTIONS, prompt), generator=generator)
+    prompts = prompts.repeat_interleave(GROUP, 0)
     completions = torch.randint(vocabulary, (len(prompts), length - prompt), generator=generator)
     sequences = torch.cat([prompts, completions], -1).to(device)
     return sequences, torch.ones_like(sequences, dtype=torch.bool), length - prompt
 
 
-def plain_log_probs(model: nn.Module, sequences: Tensor, mask: Tensor, num_actions: int) -> Tensor:
+def plain_log_probs(
+    model: nn.Module, sequences: Tensor, mask: Tensor, num_actions: int
+) -> tuple[Tensor]:
     """The common way: log-softmax of all logits in fp32, (B, C)."""
-    logits = (
-        model(input_ids=sequences, attention_mask=mask.long(), use_cache=False)
-        .logits[:, :-1]
-        .float()
-    )
-    found = torch.log_softmax(logits, -1).gather(-1, sequences[:, 1:, None]).squeeze(-1)
-    return found[:, -num_actions:]
+    logits = model(input_ids=sequences, attention_mask=mask.long(), use_cache=False).logits
+    log_probs = torch.log_softmax(logits[:, :-1].float(), -1)
+    found = log_probs.gather(-1, sequences[:, 1:, None]).squeeze(-1)
+    return (found[:, -num_actions:],)
+
+
+SHARED = partial(shared_log_probs, token_log_probs=token_log_probs)
+# name: (log-probabilities; gradient checkpointing)
+WAYS = {
+    "plain": (plain_log_probs, False),
+    "pieces": (sequences_log_probs, False),
+    "shared": (SHARED, False),
+    "shared+ckpt": (SHARED, True),
+}
 
 
 def update(model: nn.Module, way: str, batch: tuple[Tensor, Tensor, int]) -> Tensor:
     """Forward and backward of advantages ±1; the log-probabilities (B, C), without their graph."""
-    sequences, mask, num_actions = batch
-    share, checkpointing = WAYS[way]
+    ask, checkpointing = WAYS[way]
     switch(model, checkpointing)
-    if share is None:
-        log_probs = plain_log_probs(model, sequences, mask, num_actions)
-    else:
-        options = {"share": True} if share else {}
-        log_probs = sequences_log_probs(model, sequences, mask, num_actions, **options)[0]
-    signs = 1 - 2 * (torch.arange(len(sequences), device=sequences.device) % 2)
+    log_probs = ask(model, *batch)[0]
+    signs = 1 - 2 * (torch.arange(len(log_probs), device=log_probs.device) % 2)
     (-(signs[:, None] * log_probs).mean()).backward()
     return log_probs.detach()
 
@@ -109,12 +127,10 @@ def update(model: nn.Module, way: str, batch: tuple[Tensor, Tensor, int]) -> Ten
 def switch(model: nn.Module, checkpointing: bool) -> None:
     """Gradient checkpointing, which works in train mode only; the model has no dropout."""
     model.train(checkpointing)
-    if checkpointing and hasattr(
-        model, "activation_checkpointing_enable"
-    ):  # transformers 5.18 and later
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    elif checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing:
+        later = hasattr(model, "activation_checkpointing_enable")  # transformers 5.18 and later
+        kind = "activation" if later else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
 
 
 def gradients(model: nn.Module) -> Tensor:
@@ -172,7 +188,7 @@ def highest(device: torch.device) -> int:
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """What `run` returns, and the bytes that it took at its highest, above what was in use before it."""
+    """What `run` returns, and the bytes that it took at its highest, above those before it."""
     reset(device)
     before = min(resident(device), highest(device))
     result = run()
@@ -183,8 +199,9 @@ def measure_one(task: dict) -> dict:
     """One measurement, in this process."""
     device = torch.device(task["device"])
     model = build_model(task["vocabulary"], getattr(torch, task["dtype"]), device)
-    if WAYS[task["way"]][0]:
-        assert share_prompts(model, "the model", task["length"]), "cannot share prompts"
+    if WAYS[task["way"]][0] is SHARED:
+        shares = share_prompts(model, "the model", task["length"], sequences_log_probs, SHARED)
+        assert shares, "cannot share prompts"
     check(model, task["way"], task["vocabulary"], device)
     clear(model)
     batch = make_batch(task["length"], task["vocabulary"], device)
@@ -193,7 +210,7 @@ def measure_one(task: dict) -> dict:
     return {**task, "peak": peak, "log_prob": float(log_probs.double().mean()), "grad_norm": norm}
 
 
-# ------------------------------------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------- the table
 
 
 def in_a_process(task: dict) -> dict:
@@ -201,13 +218,10 @@ def in_a_process(task: dict) -> dict:
     command = [sys.executable, __file__, "--child", json.dumps(task)]
     done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True)
     if done.returncode:
-        words = (
-            done.stderr.strip().splitlines()[-1]
-            if done.stderr.strip()
-            else f"signal {-done.returncode}"
-        )
+        last = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
         raise UserError(
-            f"The way {task['way']!r} at length {task['length']}, vocabulary {task['vocabulary']}: {words}"
+            f"The way {task['way']!r} at length {task['length']}, vocabulary "
+            f"{task['vocabulary']}: {last[0]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -224,50 +238,43 @@ def agree(rows: list[dict], dtype: str) -> None:
 
 def report(rows: list[dict], argv: list[str], out: Path) -> None:
     """results/memory.md: megabytes of each way, and how many times less than plain."""
-    cases = sorted({(r["vocabulary"], r["length"]) for r in rows})
     ways = [w for w in WAYS if any(r["way"] == w for r in rows)]
-    device = torch.device(rows[0]["device"])
-    lines = [
-        f"`{command_line(argv)}` on {machine(device)}, one thread; {versions()}.",
-        "",
-        f"Peak memory of one update (forward and backward of {QUESTIONS} questions × {GROUP} completions) above the "
-        f"model and its gradients, in MB; in brackets how many times less than plain. Hidden size {HIDDEN}, {LAYERS} "
-        f"layers, {rows[0]['dtype']}; half of each sequence is prompt. Log-probabilities and gradient are the same "
-        "for all.",
-        "",
-        f"| vocabulary | tokens in a sequence | {' | '.join(ways)} |",
-        "|---|---|" + "---|" * len(ways),
-    ]
-    for vocabulary, length in cases:
+    cells = []
+    for vocabulary, length in sorted({(r["vocabulary"], r["length"]) for r in rows}):
         here = [r for r in rows if (r["vocabulary"], r["length"]) == (vocabulary, length)]
-        peaks = {w: statistics.median(r["peak"] for r in here if r["way"] == w) for w in ways
-                 if any(r["way"] == w for r in here)}  # fmt: skip
+        peaks = {way: statistics.median(r["peak"] for r in here if r["way"] == way) for way in ways}
         plain = peaks.get("plain", math.nan)
-        cells = [
-            f"{peaks[w] / 1e6:.0f}" + ("" if w == "plain" else f" ({plain / peaks[w]:.1f}×)")
-            for w in peaks
+        shown = [
+            f"{peak / 1e6:.0f}" + ("" if way == "plain" else f" ({plain / peak:.1f}×)")
+            for way, peak in peaks.items()
         ]
-        lines.append(f"| {vocabulary} | {length} | {' | '.join(cells)} |")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "memory.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        cells.append([vocabulary, length, *shown])
+    lines = [
+        f"`{command_line(argv)}` on {machine(rows[0]['device'])}, one thread; {versions()}.",
+        "",
+        f"Peak memory of one update (forward and backward of {QUESTIONS} questions × {GROUP} "
+        "completions) above the model and its gradients, in MB; in brackets how many times less "
+        f"than plain. Hidden size {HIDDEN}, {LAYERS} layers, {rows[0]['dtype']}; half of each "
+        "sequence is prompt. Log-probabilities and gradient are the same for all.",
+        "",
+        *table(["vocabulary", "tokens in a sequence", *ways], cells),
+    ]
+    write_lines(out / "memory.md", lines)
+    write_jsonl(out / "memory.jsonl", rows)
 
 
 def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--lengths", type=positive, nargs="+", default=[64, 128, 256], help="tokens in a sequence"
-    )
-    parser.add_argument("--vocabularies", type=positive, nargs="+", default=[50_000, 150_000])
-    parser.add_argument(
-        "--ways", nargs="+", default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
-    )
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
-    parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    flag, lengths = parser.add_argument, [64, 128, 256]
+    flag("--lengths", type=positive, nargs="+", default=lengths, help="tokens in a sequence")
+    flag("--vocabularies", type=positive, nargs="+", default=[50_000, 150_000])
+    flag("--ways", nargs="+", default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    flag("--repeats", type=positive, default=3)
+    flag("--device", default="auto", help="cuda, cpu or auto")
+    flag("--dtype", default="float32", help="of the weights: float32 or bfloat16")
+    flag("--out", type=Path, default=RESULTS)
+    flag("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.ways = [choose(w, WAYS, "way") for w in args.ways]
     args.device = available(args.device)
@@ -279,7 +286,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
 
 @command
 def main(argv: list[str]) -> None:
-    """Measure everything, one process after the other; the table is written anew after each case."""
+    """Measure everything, one process at a time; the table is written anew after each case."""
     args = read_flags(argv)
     if args.child:
         print(json.dumps(measure_one(json.loads(args.child))))
@@ -287,22 +294,20 @@ def main(argv: list[str]) -> None:
     rows = []
     for vocabulary in args.vocabularies:
         for length in args.lengths:
-            case = {
-                "vocabulary": vocabulary,
-                "length": length,
-                "device": args.device,
-                "dtype": args.dtype,
-            }
-            found = [
-                in_a_process({**case, "way": way}) for way in args.ways for _ in range(args.repeats)
-            ]
+            case = {"vocabulary": vocabulary, "length": length}
+            case |= {"device": args.device, "dtype": args.dtype}
+            tasks = [case | {"way": way} for way in args.ways for _ in range(args.repeats)]
+            found = [in_a_process(task) for task in tasks]
             agree(found, args.dtype)
             rows += found
             report(rows, argv, args.out)
             for way in args.ways:
                 peaks = [r["peak"] / 1e6 for r in found if r["way"] == way]
-                print(f"vocabulary {vocabulary}, length {length}, {way}: {statistics.median(peaks):.0f} MB "
-                      f"({min(peaks):.0f} to {max(peaks):.0f})", flush=True)  # fmt: skip
+                print(
+                    f"vocabulary {vocabulary}, length {length}, {way}: "
+                    f"{statistics.median(peaks):.0f} MB ({min(peaks):.0f} to {max(peaks):.0f})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

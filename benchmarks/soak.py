@@ -1,12 +1,13 @@
 """A soak: the bundled task for an hour. Do memory, open files, threads or the logs grow?
 
-    python benchmarks/soak.py                     an hour, then results/soak.md, soak.jsonl and soak.png
+    python benchmarks/soak.py              an hour, then results/soak.md, soak.jsonl and soak.png
     python benchmarks/soak.py --minutes 2 --out /tmp/soak
 
-`python train.py --preset tiny` in a process of its own, with more steps than fit, a checkpoint every 25 steps and an
-evaluation every 10. Once a second its resident memory, open files, threads and logs are read from the outside. The
-slopes are of a straight line through the second half (the first is warm-up), with a 95 % interval from 20 blocks of it,
-since neighbouring readings are not independent.
+`python train.py --preset tiny` in a process of its own, with more steps than fit, a checkpoint
+every 25 steps and an evaluation every 10. Once a second its resident memory, open files, threads
+and logs are read from the outside. The slopes are of a straight line through the second half (the
+first is warm-up), with a 95 % interval from 20 blocks of it, since neighbouring readings are not
+independent.
 """
 
 import argparse
@@ -20,25 +21,36 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+from common import (
+    RESULTS,
+    ROOT,
+    command_line,
+    machine,
+    positive,
+    pyplot,
+    table,
+    versions,
+    write_jsonl,
+    write_lines,
+)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from roofline import command_line, machine, positive, versions  # noqa: E402
+from support.command_line import Parser
+from support.errors import UserError, command
 
-from config import Parser  # noqa: E402
-from errors import UserError, command  # noqa: E402
-
-FLAGS = [
-    "--preset=tiny", "--device=cpu", "--steps=1000000", "--rollouts_per_step=8", "--train_batch_size=64",
-    "--eval_interval=10", "--eval_questions=50", "--checkpoint_interval=25",
-]  # fmt: skip
+FLAGS = (
+    "--preset=tiny --device=cpu --steps=1000000 --rollouts_per_step=8 --train_batch_size=64 "
+    "--eval_interval=10 --eval_questions=50 --checkpoint_interval=25"
+)
 # name: unit, what a reader takes for no growth, per 1000 steps
 MEASURES = {
-    "memory": ("MB", 5.0), "files": ("open files", 0.5), "threads": ("threads", 0.5), "events": ("kB a step", 1.0),
-    "metrics": ("kB a step", 0.1), "seconds": ("s a step", 0.1),
-}  # fmt: skip
+    "memory": ("MB", 5.0),
+    "files": ("open files", 0.5),
+    "threads": ("threads", 0.5),
+    "events": ("kB a step", 1.0),
+    "metrics": ("kB a step", 0.1),
+    "seconds": ("s a step", 0.1),
+}
 
 
 def reading(pid: int, run: Path) -> dict[str, float] | None:
@@ -68,7 +80,7 @@ def reading(pid: int, run: Path) -> dict[str, float] | None:
 def soak(minutes: float, folder: Path) -> tuple[list[dict], int, str]:
     """Run it; the readings, the exit code after a polite kill, and what it printed."""
     run, end = folder / "run", time.time() + 60 * minutes
-    command = [sys.executable, "train.py", *FLAGS, f"--run_dir={run}"]
+    command = [sys.executable, "train.py", *FLAGS.split(), f"--run_dir={run}"]
     readings = []
     with (folder / "output").open("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
@@ -84,7 +96,7 @@ def soak(minutes: float, folder: Path) -> tuple[list[dict], int, str]:
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Of a straight line through the points, per 1000 of x; with its 95 % interval (bootstrap over 20 blocks)."""
+    """Of a straight line, per 1000 of x; and its 95 % interval (bootstrap over 20 blocks)."""
     chance = random.Random(0)
     blocks = np.array_split(np.arange(len(x)), 20)
     found = []
@@ -95,7 +107,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def series(readings: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a measure: for logs and time what each step adds, else the value itself."""
+    """Steps and values of a measure: for logs and time what a step adds, else the value itself."""
     steps = np.array([r["step"] for r in readings], dtype=float)
     if name in ("memory", "files", "threads"):
         return steps, np.array([r[name] for r in readings], dtype=float)
@@ -110,25 +122,29 @@ def report(readings: list[dict], code: int, argv: list[str], out: Path) -> bool:
     """results/soak.md and its picture; whether nothing grows."""
     half = readings[len(readings) // 2 :]
     steps, seconds = half[-1]["step"], half[-1]["at"] - readings[0]["at"]
-    lines = [
-        "# Soak", "", f"`{command_line(argv)}`, {machine(torch.device('cpu'))}; {versions()}.", "",
-        f"{steps} steps in {seconds / 60:.0f} minutes, {len(readings)} readings; a polite kill at the end gave exit "
-        f"code {code}. Slopes of the second half, per 1000 steps, with their 95 % intervals.", "",
-        "| measure | at the half | at the end | slope per 1000 steps | flat |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    flat = []
+    rows, flat = [], []
     for name, (unit, limit) in MEASURES.items():
         x, y = series(half, name)
         found, low, high = slope(x, y)
         flat.append(bool(low <= 0 <= high or abs(found) < limit))
-        lines.append(
-            f"| {name} ({unit}) | {np.median(y[: len(y) // 10 + 1]):.3g} | {np.median(y[-len(y) // 10 :]):.3g} | "
-            f"{found:+.3g} ({low:+.3g} to {high:+.3g}) | {'yes' if flat[-1] else 'NO'} |"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "soak.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    thin = readings[:: max(1, len(readings) // 360)]
-    (out / "soak.jsonl").write_text("".join(json.dumps(r) + "\n" for r in thin), encoding="utf-8")
+        first, last = np.median(y[: len(y) // 10 + 1]), np.median(y[-len(y) // 10 :])
+        interval = f"{found:+.3g} ({low:+.3g} to {high:+.3g})"
+        verdict = "yes" if flat[-1] else "NO"
+        rows.append([f"{name} ({unit})", f"{first:.3g}", f"{last:.3g}", interval, verdict])
+    head = ["measure", "at the half", "at the end", "slope per 1000 steps", "flat"]
+    lines = [
+        "# Soak",
+        "",
+        f"`{command_line(argv)}`, {machine()}; {versions()}.",
+        "",
+        f"{steps} steps in {seconds / 60:.0f} minutes, {len(readings)} readings; a polite kill at "
+        f"the end gave exit code {code}. Slopes of the second half, per 1000 steps, with their "
+        "95 % intervals.",
+        "",
+        *table(head, rows),
+    ]
+    write_lines(out / "soak.md", lines)
+    write_jsonl(out / "soak.jsonl", readings[:: max(1, len(readings) // 360)])
     picture(readings, out / "soak.png")
     print("\n".join(lines[6:]))
     return all(flat)
@@ -136,11 +152,7 @@ def report(readings: list[dict], code: int, argv: list[str], out: Path) -> bool:
 
 def picture(readings: list[dict], path: Path) -> None:
     """Each measure against the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
     for ax, (name, (unit, _)) in zip(axes.flat, MEASURES.items(), strict=True):
         x, y = series(readings, name)
@@ -154,9 +166,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=positive, default=60)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "results", help="folder for the table and the picture"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
 
@@ -173,7 +183,8 @@ def main(argv: list[str]) -> None:
     bars = output.count("\r")
     if not report(readings, code, argv, args.out) or bars:
         raise UserError(
-            f"Something grows (see the table), or a progress bar was drawn into a file ({bars} times)."
+            "Something grows (see the table), or a progress bar was drawn into a file "
+            f"({bars} times)."
         )
 
 
