@@ -1,16 +1,17 @@
-"""Hostile completions through every built-in reward: exceptions, and whether time grows faster than length.
+"""Hostile completions through every built-in reward: exceptions? does time grow as length does?
 
-    python benchmarks/fuzz_rewards.py                    a million, then results/fuzz.md; about ten minutes
+    python benchmarks/fuzz_rewards.py          a million, then results/fuzz.md; ten minutes
     python benchmarks/fuzz_rewards.py --cases 10000 --atheris 0
 
-Two ways to make them. From a grammar: pieces of tags, digits, signs, LaTeX and odd characters, joined, repeated, cut
-and nested by a seeded generator; a few are megabytes long. And guided by coverage: atheris mutates bytes towards parts
-of answers.py and reward.py that no text has reached yet. atheris is optional (pip install atheris); without it the
-grammar makes all.
+Two ways to make them. From a grammar: pieces of tags, digits, signs, LaTeX and odd characters,
+joined, repeated, cut and nested by a seeded generator; a few are megabytes long. And guided by
+coverage: atheris mutates bytes towards parts of answers.py and reward.py that no text has reached
+yet. atheris is optional (pip install atheris); without it the grammar makes all.
 
-Each text goes through every reward of reward.py and through what is below them, half of the time with a reference that
-is hostile too. What is returned must be finite numbers of the right type. Times are of this thread alone, so that other
-programs do not count. Then the texts that look worst are measured at growing sizes: µs per kB must not grow.
+Each text goes through every reward of reward.py and through what is below them, half of the time
+with a reference that is hostile too. What is returned must be finite numbers of the right type.
+Times are of this thread alone, so that other programs do not count. Then the texts that look worst
+are measured at growing sizes: µs per kB must not grow.
 """
 
 import argparse
@@ -29,42 +30,39 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from common import RESULTS, command_line, machine, positive, table, versions, whole, write_lines
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from roofline import command_line, machine, positive, versions  # noqa: E402
-
-from config import Parser  # noqa: E402
-from errors import UserError, command  # noqa: E402
+from support.command_line import Parser
+from support.errors import UserError, command
 
 PIECES = (
-    "<answer>", "</answer>", "<think>", "</think>", "<answer", "</answer", "</", "<", "<answer>72</answer>",
-    "72", "1,000", "1,", ",", ".", "..", "-", "−", "–", "+", "=", "/", "*", "**", "^", "_", "|", "1e999",
-    "1e-999", "1e", "e", "nan", "inf", "9**9**9", "٧٢", "７２", "𝟕𝟐", "²", "½", "¼", "Ⅻ", "\\frac{", "}{", "}",
-    "{", "\\boxed{", "\\text{", "\\sqrt{", "\\,", "\\!", "{,}", "\\", "m^2", "m2", " ", "  ", "\n", "\t",
-    "\x00", "\x85", "\u2028", "\ud800", "\udfff", "\u202e", "\u200f", "\u200b", "\u00a0", "\ufeff", "$", "€",
-    "%", "°", "(", ")", "[", "]", "x", "or", "not", "half", "million", "hundred thousand", "minus ", "1 000",
-    "1'000", "'", "İ", "ß", "ﬀ", "Σ", "e\u0301", "🍎", "x = ", "× 10^", "10^{-5}", "__import__('os')", "0x48",
-    "1_000", "# 72", "1 1/2", "72/0", "0/0", "9" * 60,
+    "<answer>", "</answer>", "<think>", "</think>", "<answer", "</answer", "</", "<",
+    "<answer>72</answer>", "72", "1,000", "1,", ",", ".", "..", "-", "−", "–", "+", "=", "/", "*",
+    "**", "^", "_", "|", "1e999", "1e-999", "1e", "e", "nan", "inf", "9**9**9", "٧٢", "７２", "𝟕𝟐",
+    "²", "½", "¼", "Ⅻ", "\\frac{", "}{", "}", "{", "\\boxed{", "\\text{", "\\sqrt{", "\\,", "\\!",
+    "{,}", "\\", "m^2", "m2", " ", "  ", "\n", "\t", "\x00", "\x85", "\u2028", "\ud800", "\udfff",
+    "\u202e", "\u200f", "\u200b", "\u00a0", "\ufeff", "$", "€", "%", "°", "(", ")", "[", "]", "x",
+    "or", "not", "half", "million", "hundred thousand", "minus ", "1 000", "1'000", "'", "İ", "ß",
+    "ﬀ", "Σ", "e\u0301", "🍎", "x = ", "× 10^", "10^{-5}", "__import__('os')", "0x48", "1_000",
+    "# 72", "1 1/2", "72/0", "0/0", "9" * 60,
 )  # fmt: skip
 WORST = (
-    "<answer>", "</answer>", "<answer>1</answer>", "<think>", "<", "1", "1,", "1,000", "1 000 ", "- ", "1 ",
-    "a ", "1 a ", "=", "1e", "9**", "\\frac{", "m^2 ", "minus ", "ß", "\ud800", "\x00", "７", "1/",
+    "<answer>", "</answer>", "<answer>1</answer>", "<think>", "<", "1", "1,", "1,000", "1 000 ",
+    "- ", "1 ", "a ", "1 a ", "=", "1e", "9**", "\\frac{", "m^2 ", "minus ", "ß", "\ud800", "\x00",
+    "７", "1/",
 )  # fmt: skip
 SIZES = (16, 64, 256, 1024, 4096)  # thousands of characters
 LONG = 10_000  # characters, from which on time per kB says something
 GROWTH = 8.0  # of the time per kB, from the smallest size to the largest; quadratic would be 256
 
 
-# ------------------------------------------------------------------------------------------------ what is called
+# --------------------------------------------------------------------- what is called
 
 
 def functions() -> dict[str, Callable[[str, str], Any]]:
-    """Everything that reads a completion: name to a function of (completion, reference), which checks its result."""
-    import answers  # here, so that atheris can instrument them first
-    import reward
+    """What reads a completion, by name: of (completion, reference); each checks its result."""
+    import reward  # here, so that atheris can instrument them first
+    from support import answers
 
     def checked(kind: type, call: Callable[[str, str], Any]) -> Callable[[str, str], None]:
         def run(text: str, reference: str) -> None:
@@ -74,13 +72,11 @@ def functions() -> dict[str, Callable[[str, str], Any]]:
 
         return run
 
+    others = {"completion_ids": [[1]], "max_new_tokens": 9}
+
     def through(function: Callable[..., list]) -> Callable[[str, str], float]:
         return lambda text, reference: function(
-            prompts=[text],
-            completions=[text],
-            reference=[reference],
-            completion_ids=[[1]],
-            max_new_tokens=9,
+            prompts=[text], completions=[text], reference=[reference], **others
         )[0]
 
     found = {name: checked(float, through(function)) for name, function in reward.REWARDS.items()}
@@ -97,7 +93,7 @@ def functions() -> dict[str, Callable[[str, str], Any]]:
 
 @dataclass
 class Tally:
-    """What one function did: calls, exceptions, the longest call under LONG in µs, the worst µs per kB from LONG on."""
+    """What one function did. Times in µs: the longest call under LONG; from LONG on for each kB."""
 
     calls: int = 0
     exceptions: int = 0
@@ -114,9 +110,8 @@ class Tally:
             function(text, reference)
         except Exception as error:  # this is what is looked for
             self.exceptions += 1
-            self.first = (
-                self.first or f"{type(error).__name__} for {text[:200]!r} and {reference[:50]!r}"
-            )
+            words = f"{type(error).__name__} for {text[:200]!r} and {reference[:50]!r}"
+            self.first = self.first or words
         took = 1e6 * (time.thread_time() - start)
         if len(text) < LONG:
             self.longest = max(self.longest, took)
@@ -124,7 +119,7 @@ class Tally:
             self.per_kb, self.size = took / (len(text) / 1000), len(text)
 
 
-# -------------------------------------------------------------------------------------------------- from a grammar
+# --------------------------------------------------------------------- from a grammar
 
 
 def hostile(rng: random.Random) -> str:
@@ -174,14 +169,14 @@ def from_grammar(cases: int, seed: int) -> dict[str, Tally]:
     return tallies
 
 
-# ---------------------------------------------------------------------------------------------- guided by coverage
+# --------------------------------------------------------------------- guided by coverage
 
 
 def child(cases: int, seed: int, folder: Path) -> None:
-    """In a process of its own, which libFuzzer ends: `cases` texts of atheris, then the tallies into a file."""
+    """In a process of its own, which libFuzzer ends: `cases` texts, then the tallies in a file."""
     import atheris
 
-    with atheris.instrument_imports(include=["reward", "answers"]):
+    with atheris.instrument_imports(include=["reward", "support.answers"]):
         calls = functions()
     tallies = {name: Tally() for name in calls}
     seen = 0
@@ -197,42 +192,24 @@ def child(cases: int, seed: int, folder: Path) -> None:
                 tallies[name].call(function, wrapped, reference)
         seen += 1
         if seen == cases:
-            (folder / "tallies.json").write_text(
-                json.dumps({name: asdict(t) for name, t in tallies.items()})
-            )
+            found = {name: asdict(tally) for name, tally in tallies.items()}
+            (folder / "tallies.json").write_text(json.dumps(found))
 
     corpus = folder / "corpus"
     corpus.mkdir()
     for number, piece in enumerate(PIECES):
         (corpus / str(number)).write_bytes(piece.encode("utf-8", "surrogatepass"))
-    atheris.Setup(
-        [
-            sys.argv[0],
-            f"-runs={cases}",
-            f"-seed={seed}",
-            "-max_len=2000",
-            f"-artifact_prefix={folder}/",
-            str(corpus),
-        ],
-        one,
-    )
+    flags = [f"-runs={cases}", f"-seed={seed}", "-max_len=2000", f"-artifact_prefix={folder}/"]
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], one)
     atheris.Fuzz()
 
 
 def from_atheris(cases: int, seed: int) -> dict[str, Tally]:
     """The tallies of a child process; UserError with its last words if it leaves none."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            sys.executable,
-            __file__,
-            "--cases",
-            str(cases),
-            "--seed",
-            str(seed),
-            "--child",
-            folder,
-        ]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        flags = [f"--cases={cases}", f"--seed={seed}", f"--child={folder}"]
+        command = [sys.executable, __file__, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         found = Path(folder) / "tallies.json"
         if not found.is_file():
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
@@ -240,7 +217,7 @@ def from_atheris(cases: int, seed: int) -> dict[str, Tally]:
         return {name: Tally(**t) for name, t in json.loads(found.read_text()).items()}
 
 
-# ------------------------------------------------------------------------------------------------------ is it linear
+# --------------------------------------------------------------------- is it linear
 
 
 def worst_at(function: Callable[[str, str], Any], size: int) -> float:
@@ -256,21 +233,20 @@ def worst_at(function: Callable[[str, str], Any], size: int) -> float:
     return worst
 
 
-# ------------------------------------------------------------------------------------------------------------ report
+# --------------------------------------------------------------------- report
 
 
 def tally_table(ways: dict[str, dict[str, Tally]]) -> list[str]:
     """Markdown: each function over all ways of making texts."""
-    lines = [f"| function | calls | exceptions | longest call under {LONG // 1000} kB, µs | worst µs per kB from "
-             f"{LONG // 1000} kB on | at, kB |", "|---|---|---|---|---|---|"]  # fmt: skip
+    head = ["function", "calls", "exceptions", f"longest call under {LONG // 1000} kB, µs"]
+    rows = []
     for name in next(iter(ways.values())):
         every = [tallies[name] for tallies in ways.values()]
+        calls, exceptions = sum(t.calls for t in every), sum(t.exceptions for t in every)
         longest, worst = max(t.longest for t in every), max(every, key=lambda t: t.per_kb)
-        lines.append(
-            f"| {name} | {sum(t.calls for t in every):,} | {sum(t.exceptions for t in every)} | {longest:.0f} | "
-            f"{worst.per_kb:.1f} | {worst.size / 1000:.0f} |"
-        )
-    return lines
+        times = f"{longest:.0f}", f"{worst.per_kb:.1f}", f"{worst.size / 1000:.0f}"
+        rows.append([name, f"{calls:,}", exceptions, *times])
+    return table([*head, f"worst µs per kB from {LONG // 1000} kB on", "at, kB"], rows)
 
 
 def report(
@@ -285,60 +261,48 @@ def report(
         name: [worst_at(function, 1000 * size) for size in SIZES]
         for name, function in functions().items()
     }
-    every = [t for tallies in ways.values() for t in tallies.values()]
+    every = [tally for tallies in ways.values() for tally in tallies.values()]
     growing = [name for name, row in linear.items() if row[-1] > max(GROWTH * row[0], 50)]
-    wrong = sum(t.exceptions for t in every)
-    verdict = (
-        f"It grows for {', '.join(growing)}." if growing else "It does not grow with the length."
-    )
+    wrong = sum(tally.exceptions for tally in every)
+    verdict = "It does not grow with the length."
+    if growing:
+        verdict = f"It grows for {', '.join(growing)}."
+    made = ", ".join(f"{n:,} {way}" for way, n in cases.items())
+    rows = [[name, *(f"{v:.2f}" for v in row)] for name, row in linear.items()]
     lines = [
-        f"`{command_line(argv)}` on {machine(torch.device('cpu'))}, one thread; {versions()}.",
+        f"`{command_line(argv)}` on {machine()}, one thread; {versions()}.",
         "",
-        f"{sum(cases.values()):,} hostile texts ({', '.join(f'{n:,} {way}' for way, n in cases.items())}): "
-        f"**{wrong} exceptions** or results of the wrong kind. Times are the thread's own; a longest call may hold a "
-        "pause of Python's garbage collector or of the machine.",
+        f"{sum(cases.values()):,} hostile texts ({made}): **{wrong} exceptions** or results of the "
+        "wrong kind. Times are the thread's own; a longest call may hold a pause of Python's "
+        "garbage collector or of the machine.",
         *notes,
         "",
         *tally_table(ways),
         "",
-        f"µs per kB of the worst of {len(WORST)} texts that look worst (one piece, repeated), medians of three. "
-        f"{verdict} (A quadratic function would take {SIZES[-1] // SIZES[0]} times more in the last column than in the "
-        "first.)",
+        f"µs per kB of the worst of {len(WORST)} texts that look worst (one piece, repeated), "
+        f"medians of three. {verdict} (A quadratic function would take {SIZES[-1] // SIZES[0]} "
+        "times more in the last column than in the first.)",
         "",
-        "| function | " + " | ".join(f"{size} kB" for size in SIZES) + " |",
-        "|---|" + "---|" * len(SIZES),
-        *(
-            f"| {name} | " + " | ".join(f"{v:.2f}" for v in row) + " |"
-            for name, row in linear.items()
-        ),
+        *table(["function", *(f"{size} kB" for size in SIZES)], rows),
     ]
     print("\n".join(lines))
-    print("\n".join(t.first for t in every if t.first))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "fuzz.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(tally.first for tally in every if tally.first))
+    write_lines(out / "fuzz.md", lines)
     return not wrong and not growing
-
-
-def whole(text: str) -> int:
-    """A whole number of 0 or more."""
-    return 0 if text == "0" else positive(text)
 
 
 def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=positive, default=1_000_000, help="texts in all")
-    parser.add_argument(
-        "--atheris", type=whole, default=100_000, help="how many of them atheris makes; 0: none"
-    )
-    parser.add_argument("--seed", type=whole, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    flag = parser.add_argument
+    flag("--cases", type=positive, default=1_000_000, help="texts in all")
+    flag("--atheris", type=whole, default=100_000, help="how many of them atheris makes; 0: none")
+    flag("--seed", type=whole, default=1)
+    flag("--out", type=Path, default=RESULTS)
+    flag("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.child and args.atheris >= args.cases:
-        raise UserError(
-            f"--atheris {args.atheris} leaves no text of --cases {args.cases} to the grammar."
-        )
+        raise UserError(f"--atheris {args.atheris} leaves none of {args.cases} to the grammar.")
     return args
 
 
@@ -352,10 +316,8 @@ def main(argv: list[str]) -> None:
     guided, notes = args.atheris, []
     if guided and importlib.util.find_spec("atheris") is None:
         guided = 0
-        notes = [
-            "",
-            "atheris is not installed (pip install atheris), so nothing was guided by coverage.",
-        ]
+        words = "atheris is not installed (pip install atheris): nothing was guided by coverage."
+        notes = ["", words]
     cases = {"from a grammar": args.cases - guided}
     ways = {"from a grammar": from_grammar(args.cases - guided, args.seed)}
     if guided:
