@@ -3,24 +3,26 @@
     python benchmarks/step.py --install          makes an environment with TRL (once) and compares
     python benchmarks/step.py --env DIR --tune   TRL from DIR, at its fastest batch size
     python benchmarks/step.py --workload smollm2 --model FOLDER --dataset FOLDER --precision fp32
-    python benchmarks/step.py --workload gpu --ours="--micro_batch_size 16 --gradient_checkpointing false"
+    python benchmarks/step.py --workload gpu --ours="--micro_batch_size 16"
 
-Each contender is a process of its own that lives as long as the comparison. It makes one step for each line that it is
-sent and answers with one line, so only one computes at a time; they take turns step by step, in rotating order. The
-first steps are not counted. All of them have the same weights, the same prompts in the same order, the same number of
-completions and of tokens at the most, the same rewards, KL, precision and learning rate, and make one optimizer step
-of the whole rollout. What they sample differs, so the tokens are in the table too.
+Each contender is a process of its own that lives as long as the comparison. It makes one step for
+each line that it is sent and answers with one line, so only one computes at a time; they take turns
+step by step, in rotating order. The first steps are not counted. All of them have the same weights,
+the same prompts in the same order, the same number of completions and of tokens at the most, the
+same rewards, KL, precision and learning rate, and make one optimizer step of the whole rollout.
+What they sample differs, so the tokens are in the table too.
 
-Ours is train.py's loop, without evaluation and log. TRL generates with plain transformers; its seconds are those
-between its own on_step_begin and on_step_end. The tutorial's way is benchmarks/tutorial.py. A `rollout` includes the
-decoding of ours and of TRL; `rest` is rewards, advantages and (TRL) the padding of batches.
+Ours is train.py's loop, without evaluation and log. TRL generates with plain transformers; its
+seconds are those between its own on_step_begin and on_step_end. The tutorial's way is
+benchmarks/tutorial.py. A `rollout` includes the decoding of ours and of TRL; `rest` is rewards,
+advantages and (TRL) the padding of batches.
 
-Results: results/step-WORKLOAD.md, and every step, the uncounted ones included, in results/step-WORKLOAD.jsonl.
+Results: results/step-WORKLOAD.md, and every step, the uncounted ones included, in
+results/step-WORKLOAD.jsonl.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -31,52 +33,68 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
+from common import (
+    RESULTS,
+    ROOT,
+    command_line,
+    machine,
+    positive,
+    synchronize,
+    table,
+    whole,
+    write_lines,
+)
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+from reward import REWARDS
+from support.command_line import Parser, parse_config
+from support.config import Config, resolve_path
+from support.data import Question, QuestionStream, training_questions
+from support.errors import UserError, command
+from support.model import (
+    build_accelerator,
+    build_optimizer,
+    load_model,
+    load_tokenizer,
+    set_learning_rate,
+)
+from support.user_rewards import load_rewards
 
-from config import Config, Parser, located, parse_config  # noqa: E402
-from data import Question, QuestionStream, load_questions, with_prompts  # noqa: E402
-from errors import UserError, command  # noqa: E402
-from model import build_accelerator, build_optimizer, load_model, load_tokenizer  # noqa: E402
-from reward import load_rewards  # noqa: E402
-
-CACHE = (
-    Path.home() / ".cache" / "pocket-grpo" / "conformance"
-)  # where benchmarks/conformance.py --install puts it
-COMMON = [
-    "--objective", "grpo", "--clip_eps", "0.2", "--epochs_per_step", "1", "--temperature", "1", "--top_p", "1",
-    "--warmup_steps", "0", "--weight_decay", "0", "--max_norm", "1", "--eval_interval", "0", "--steps", "1000000",
-]  # fmt: skip
-WORKLOADS: dict[str, list[str]] = {
-    "bundled": [
-        "--preset", "tiny", "--precision", "fp32", "--rollouts_per_step", "32", "--group_size", "8",
-        "--max_new_tokens", "48", "--train_batch_size", "256", "--kl_weight", "0",
-    ],
-    "smollm2": [
-        "--device", "auto", "--rollouts_per_step", "4", "--group_size", "8", "--max_new_tokens", "64",
-        "--train_batch_size", "32", "--kl_weight", "0.01",
-    ],
-    "gpu": [
-        "--device", "cuda", "--rollouts_per_step", "32", "--group_size", "12", "--max_new_tokens", "512",
-        "--train_batch_size", "384", "--kl_weight", "0.01",
-    ],
-}  # fmt: skip
+# Where benchmarks/conformance.py --install puts it.
+CACHE = Path.home() / ".cache" / "pocket-grpo" / "conformance"
+COMMON = (
+    "--objective grpo --clip_eps 0.2 --epochs_per_step 1 --temperature 1 --top_p 1 --warmup_steps "
+    "0 --weight_decay 0 --max_norm 1 --eval_interval 0 --steps 1000000"
+)
+WORKLOADS = {
+    "bundled": (
+        "--preset tiny --precision fp32 --rollouts_per_step 32 --group_size 8 --max_new_tokens 48 "
+        "--train_batch_size 256 --kl_weight 0"
+    ),
+    "smollm2": (
+        "--device auto --rollouts_per_step 4 --group_size 8 --max_new_tokens 64 --train_batch_size "
+        "32 --kl_weight 0.01"
+    ),
+    "gpu": (
+        "--device cuda --rollouts_per_step 32 --group_size 12 --max_new_tokens 512 "
+        "--train_batch_size 384 --kl_weight 0.01"
+    ),
+}
 NAMES = {"ours": "ours", "trl": "TRL's GRPOTrainer", "tutorial": "the tutorial's way"}
 PARTS = ("rollout", "log_probs", "update", "rest")
 
 
-# ------------------------------------------------------------------------------------------- a contender's process
+# --------------------------------------------------------------------- a contender's process
 
 
 class Talk:
-    """The worker's side of the conversation: a line in is a step to make, a line out is what it took."""
+    """The worker's side: a line in is a step to make, a line out is what it took."""
 
     def __init__(self) -> None:
         self.lines = os.fdopen(os.dup(1), "w")
@@ -92,26 +110,15 @@ class Talk:
 
     def ready(self, **versions: str) -> None:
         """Everything is loaded."""
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **versions,
-        }
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.say(
-            versions=versions, loaded_gb=peak_gb(), threads=torch.get_num_threads(), device=device
-        )
+        own = {"torch": torch.__version__, "transformers": transformers.__version__}
+        threads = torch.get_num_threads()
+        self.say(versions=own | versions, loaded_gb=peak_gb(), threads=threads)
 
     def answer(self, seconds: float, tokens: int, spent: dict[str, float]) -> None:
         """A step: its seconds, the tokens that it sampled, the seconds of its parts."""
         parts = {part: spent[part] for part in PARTS if part != "rest"}
-        self.say(
-            seconds=seconds,
-            **parts,
-            rest=seconds - sum(parts.values()),
-            tokens=tokens,
-            peak_gb=peak_gb(),
-        )
+        parts["rest"] = seconds - sum(parts.values())
+        self.say(seconds=seconds, **parts, tokens=tokens, peak_gb=peak_gb())
 
 
 def peak_gb() -> float:
@@ -124,39 +131,45 @@ def peak_gb() -> float:
 
 def now() -> float:
     """The clock, once the GPU has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter()
 
 
 def ours(config: Config, job: dict[str, Any], talk: Talk) -> None:
     """train.py's loop."""
-    import train
+    import train  # here, since the environment with TRL has no tensorboard
+    from support.schedule import seed_step
 
-    t, replay_buffer = train.build(config, None), train.ReplayBuffer()
+    trainer = train.build(config, None)
+    trainer.monitor.show_completions = lambda *_: None  # there is no log
+
+    def steps() -> Iterator[tuple[int, torch.Generator]]:
+        step, start = 0, 0.0
+        while True:
+            if step:
+                answer_for(trainer, now() - start, talk)
+            if not talk.wait():
+                return
+            step, start = step + 1, now()
+            set_learning_rate(trainer.optimizer, config, step)
+            yield step, seed_step(config.seed, step)
+
     talk.ready()
-    for step in itertools.count(1):
-        if not talk.wait():
-            return
-        start = now()
-        generator = train.seed_step(config.seed, step)
-        groups = train.replace_idle(t, train.mark(t, train.ask(t, config.rollouts_per_step)))
-        train.remember(t, replay_buffer, groups, train.compare(t, groups))
-        train.learn(t, replay_buffer, step, generator)
-        seconds = now() - start
-        sums = {name: float(total) for name, (total, _) in t.monitor.sums.items()}
-        t.monitor.sums.clear()
-        spent = {part: sums.get(f"time/{part}", 0.0) for part in PARTS}
-        talk.answer(seconds, int(sums["rollout/completion_tokens"]), spent)
+    train.train(trainer, steps())
+
+
+def answer_for(trainer: Any, seconds: float, talk: Talk) -> None:
+    """Say what train.py's own clocks have counted in a step."""
+    sums = {name: float(total) for name, (total, _) in trainer.monitor.sums.items()}
+    trainer.monitor.sums.clear()
+    spent = {part: sums.get(f"time/{part}", 0.0) for part in PARTS}
+    talk.answer(seconds, int(sums["rollout/completion_tokens"]), spent)
 
 
 def stream(config: Config, tokenizer: Any) -> QuestionStream:
     """The questions in the order that train.py has them in."""
-    questions = load_questions(located(config.dataset), "train", config.dataset_config)
-    questions, _ = with_prompts(
-        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
-    )
-    return QuestionStream(questions, config.seed)
+    with redirect_stdout(sys.stderr):
+        return QuestionStream(training_questions(config, tokenizer), config.seed)
 
 
 def tutorial(config: Config, job: dict[str, Any], talk: Talk) -> None:
@@ -164,7 +177,7 @@ def tutorial(config: Config, job: dict[str, Any], talk: Talk) -> None:
     import tutorial
 
     device, tokenizer = build_accelerator(config).device, load_tokenizer(config.model)
-    questions, rewards = stream(config, tokenizer), load_rewards(config.reward)
+    questions, rewards = stream(config, tokenizer), load_rewards(config.reward, REWARDS)
     torch.manual_seed(config.seed)
     model = load_model(config.model, config.precision, config.gradient_checkpointing).to(device)
     reference = load_model(config.model, config.precision).to(device) if config.kl_weight else None
@@ -200,9 +213,8 @@ class Watch(transformers.TrainerCallback):
         """The optimizer has made its step."""
         seconds, self.inside = now() - self.start, False
         if len(self.tokens) != self.completions:
-            raise UserError(
-                f"TRL sampled {len(self.tokens)} completions in a step, not {self.completions}."
-            )
+            count = len(self.tokens)
+            raise UserError(f"TRL sampled {count} completions in a step, not {self.completions}.")
         update = seconds - self.spent["prepare"]
         self.talk.answer(seconds, sum(self.tokens), self.spent | {"update": update})
 
@@ -229,9 +241,7 @@ class Watch(transformers.TrainerCallback):
             if not counts():
                 return inner(*args, **kwargs)
             if not self.inside:
-                raise UserError(
-                    f"TRL called {method} outside a step, so the seconds of its steps mean nothing."
-                )
+                raise UserError(f"TRL called {method} outside a step: its seconds mean nothing.")
             start = now()
             result = inner(*args, **kwargs)
             self.spent[part] += now() - start
@@ -244,20 +254,43 @@ def trl_settings(config: Config, job: dict[str, Any], folder: str) -> dict[str, 
     """GRPOConfig's arguments: our step in TRL's words."""
     size, cuda = job["batch"], torch.cuda.is_available() and config.device != "cpu"
     pure = config.precision == "bf16-pure"
-    return {
-        "output_dir": folder, "max_steps": job["steps"] + 1, "seed": config.seed, "use_cpu": not cuda,
-        "per_device_train_batch_size": size, "gradient_accumulation_steps": config.sequences_per_step // size,
-        "num_generations": config.group_size, "max_completion_length": config.max_new_tokens,
-        "temperature": config.temperature, "top_p": config.top_p, "top_k": 0, "repetition_penalty": 1.0,
-        "loss_type": "grpo", "beta": config.kl_weight, "epsilon": config.clip_eps, "num_iterations": 1,
-        "scale_rewards": "group", "reward_weights": config.reward_weights, "shuffle_dataset": False,
-        "learning_rate": config.lr, "lr_scheduler_type": "constant", "warmup_steps": 0,
-        "weight_decay": config.weight_decay, "max_grad_norm": config.max_norm, "bf16": config.precision == "bf16",
-        "model_init_kwargs": {"dtype": "bfloat16" if pure else "float32"}, "disable_dropout": True,
+    sampling = {
+        "num_generations": config.group_size,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+        "reward_weights": config.reward_weights,
+        "shuffle_dataset": False,
+    }
+    update = {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": config.sequences_per_step // size,
+        "loss_type": "grpo",
+        "beta": config.kl_weight,
+        "epsilon": config.clip_eps,
+        "num_iterations": 1,
+        "scale_rewards": "group",
+        "learning_rate": config.lr,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_norm,
+    }
+    model = {
+        "bf16": config.precision == "bf16",
+        "model_init_kwargs": {"dtype": "bfloat16" if pure else "float32"},
+        "disable_dropout": True,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False}, "dataloader_pin_memory": cuda,
-        "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True,
-    }  # fmt: skip
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+    }
+    nothing_else = dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")
+    nothing_else |= {"report_to": [], "disable_tqdm": True, "output_dir": folder}
+    run = {"max_steps": job["steps"] + 1, "seed": config.seed}
+    return sampling | update | model | nothing_else | run
 
 
 def trl(config: Config, job: dict[str, Any], talk: Talk) -> None:
@@ -271,8 +304,8 @@ def trl(config: Config, job: dict[str, Any], talk: Talk) -> None:
     watch = Watch(talk, config.sequences_per_step)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=located(config.model),
-            reward_funcs=list(load_rewards(config.reward).values()),
+            model=resolve_path(config.model),
+            reward_funcs=list(load_rewards(config.reward, REWARDS).values()),
             args=GRPOConfig(**trl_settings(config, job, folder)),
             train_dataset=Dataset.from_list(
                 [{"prompt": q.prompt, "reference": q.reference} for q in questions]
@@ -295,7 +328,8 @@ def check_prompts(questions: list[Question], trainer: Any) -> None:
     for question, ids in zip(questions, theirs, strict=True):
         if list(ids) != question.prompt_ids:
             raise UserError(
-                f"TRL reads other tokens in the prompt of {question.question!r}; nothing can be compared."
+                f"TRL reads other tokens in the prompt of {question.question!r}; nothing can be "
+                "compared."
             )
 
 
@@ -307,7 +341,7 @@ CONTENDERS: dict[str, Callable[[Config, dict[str, Any], Talk], None]] = {
 
 
 def work(job: dict[str, Any]) -> None:
-    """The whole life of a contender's process; what its user can put right is said to the parent."""
+    """The whole life of a contender's process; a UserError is said to the parent."""
     talk = Talk()
     if job["threads"]:
         torch.set_num_threads(job["threads"])
@@ -317,7 +351,7 @@ def work(job: dict[str, Any]) -> None:
         talk.say(error=str(error))
 
 
-# ------------------------------------------------------------------------------------------------------ the parent
+# --------------------------------------------------------------------- the parent
 
 
 class Worker:
@@ -357,7 +391,7 @@ class Worker:
 
 
 def tuned(python: str, job: dict[str, Any], sequences: int, sizes: list[int]) -> int:
-    """TRL's fastest per_device_train_batch_size: one step to warm up and two that count, for each."""
+    """TRL's fastest per_device_train_batch_size: a step to warm up and two that count, for each."""
     found = {}
     for size in (s for s in sizes if sequences % s == 0):
         worker = None
@@ -384,29 +418,22 @@ def compare(workers: list[Worker], warmup: int, steps: int, log: Path) -> list[d
         for step in range(warmup + steps):
             turn = step % len(workers)
             for worker in workers[turn:] + workers[:turn]:
-                row = {
-                    "contender": worker.name,
-                    "step": step + 1,
-                    "counted": step >= warmup,
-                    **worker.step(),
-                }
+                row = {"contender": worker.name, "step": step + 1, "counted": step >= warmup}
+                row |= worker.step()
                 rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
                 print(json.dumps(rows[-1]), file=file, flush=True)
                 print(f"step {step + 1}, {NAMES[worker.name]}: {row['seconds']:.2f} s", flush=True)
     return [row for row in rows if row["counted"]]
 
 
-def table(rows: list[dict[str, Any]], workers: list[Worker], settings: dict[str, str]) -> list[str]:
+def summary(
+    rows: list[dict[str, Any]], workers: list[Worker], settings: dict[str, str]
+) -> list[str]:
     """One line for each contender: medians over its counted steps."""
-    head = [
-        "",
-        "s per step",
-        "÷ ours (by step)",
-        *(part.replace("_", "-") for part in PARTS),
-        "tokens",
-    ]
-    head += ["tokens/s of rollout", "tokens/s of step", "peak memory, GB (loaded)", "setting"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = ["", "s per step", "÷ ours (by step)", *(part.replace("_", "-") for part in PARTS)]
+    head += ["tokens", "tokens/s of rollout", "tokens/s of step"]
+    head += ["peak memory, GB (loaded)", "setting"]
+    median, cells = statistics.median, []
     base = [row["seconds"] for row in rows if row["contender"] == "ours"]
     for worker in workers:
         mine = [row for row in rows if row["contender"] == worker.name]
@@ -414,116 +441,88 @@ def table(rows: list[dict[str, Any]], workers: list[Worker], settings: dict[str,
         ratio = "–"
         if base:
             each = [a / b for a, b in zip(seconds, base, strict=True)]
-            ratio = f"{statistics.median(seconds) / statistics.median(base):.2f} ({min(each):.2f}–{max(each):.2f})"
-        cells = [NAMES[worker.name], f"{statistics.median(seconds):.2f}", ratio]
-        cells += [f"{statistics.median(row[part] for row in mine):.2f}" for part in PARTS]
-        cells.append(f"{statistics.median(row['tokens'] for row in mine):.0f}")
-        cells += [
-            f"{statistics.median(row['tokens'] / row[of] for row in mine):.0f}"
-            for of in ("rollout", "seconds")
-        ]
-        cells.append(f"{mine[-1]['peak_gb']:.2f} ({worker.about['loaded_gb']:.2f})")
-        lines.append("| " + " | ".join([*cells, settings[worker.name]]) + " |")
-    return lines
-
-
-def last_name(word: str) -> str:
-    """Of the whole path of a folder its last name, since the rest is one machine's; any other word as it is."""
-    return Path(word).name if Path(word).expanduser().is_absolute() else word
+            ratio = f"{median(seconds) / median(base):.2f} ({min(each):.2f}–{max(each):.2f})"
+        line = [NAMES[worker.name], f"{median(seconds):.2f}", ratio]
+        line += [f"{median(row[part] for row in mine):.2f}" for part in PARTS]
+        line.append(f"{median(row['tokens'] for row in mine):.0f}")
+        for of in ("rollout", "seconds"):
+            line.append(f"{median(row['tokens'] / row[of] for row in mine):.0f}")
+        line.append(f"{mine[-1]['peak_gb']:.2f} ({worker.about['loaded_gb']:.2f})")
+        cells.append([*line, settings[worker.name]])
+    return table(head, cells)
 
 
 def report(
-    rows: list[dict[str, Any]], workers: list[Worker], configs: dict[str, Config], batch: int, args: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    workers: list[Worker],
+    configs: dict[str, Config],
+    batch: int,
+    args: argparse.Namespace,
     missing: str,
-) -> str:  # fmt: skip
+) -> list[str]:
     """The whole of results/step-WORKLOAD.md."""
     versions = {k: v for worker in workers for k, v in worker.about["versions"].items()}
-    about, config = workers[0].about, next(iter(configs.values()))
-    place = (
-        about["device"]
-        or f"{os.cpu_count()} CPU cores ({platform.machine()}), {about['threads']} threads"
-    )
-    shown, model = map(last_name, args.given), last_name(config.model)
+    config = next(iter(configs.values()))
+    place = machine("cuda" if torch.cuda.is_available() else "cpu")
     settings = {
         name: f"`micro_batch_size {c.micro_batch_size or 'auto'}`" for name, c in configs.items()
     }
-    settings["trl"] = f"`per_device_train_batch_size {batch}`" + (
-        ", the fastest" if args.tune else ""
-    )
+    fastest = ", the fastest" if args.tune else ""
+    settings["trl"] = f"`per_device_train_batch_size {batch}`{fastest}"
     if args.ours:
         settings["ours"] += f", `{args.ours}`"
     kl = f"KL weight {config.kl_weight:g} to a reference" if config.kl_weight else "no KL"
-    checkpointing = (
-        "gradient checkpointing" if config.gradient_checkpointing else "no gradient checkpointing"
-    )
-    return "\n".join([
-        f"`python benchmarks/step.py {shlex.join(shown)}` on {place}, Python {platform.python_version()}; "
-        + ", ".join(f"{k} {v}" for k, v in versions.items()), "",
-        f"{model}, {config.rollouts_per_step} questions × {config.group_size} completions of up to "
-        f"{config.max_new_tokens} tokens, {config.precision}, {kl}, {checkpointing}; one optimizer step of the whole "
-        f"rollout. Medians of {args.steps} steps after {args.warmup} that are not counted, taking turns. Loaded: peak "
-        "memory before the first step." + missing, "",
-        *table(rows, workers, settings),
-    ]) + "\n"  # fmt: skip
+    checkpointing = "" if config.gradient_checkpointing else "no "
+    return [
+        f"`{command_line(args.given)}` on {place}, {workers[0].about['threads']} threads; Python "
+        f"{platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "",
+        f"{Path(config.model).name}, {config.rollouts_per_step} questions × {config.group_size} "
+        f"completions of up to {config.max_new_tokens} tokens, {config.precision}, {kl}, "
+        f"{checkpointing}gradient checkpointing; one optimizer step of the whole rollout. Medians "
+        f"of {args.steps} steps after {args.warmup} that are not counted, taking turns. Loaded: "
+        f"peak memory before the first step.{missing}",
+        "",
+        *summary(rows, workers, settings),
+    ]
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# --------------------------------------------------------------------- the command line
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, read and checked."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="bundled")
-    parser.add_argument(
-        "--model", help="a folder or hub name, in the place of the workload's; smollm2 needs it"
-    )
-    parser.add_argument("--dataset", help="as train.py's; smollm2 needs it")
-    parser.add_argument(
-        "--precision", choices=["bf16", "bf16-pure", "fp32"], help="in the place of the workload's"
-    )
-    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument(
-        "--ours", default="", help="train.py's flags for ours alone: --ours='--a 1 --b 2'"
-    )
-    parser.add_argument(
-        "--tutorial", default="--micro_batch_size 16", help="the same for the tutorial's way"
-    )
-    parser.add_argument(
-        "--all", default="", help="the same for all contenders, TRL too where it has the setting"
-    )
-    parser.add_argument(
-        "--trl_batch_size", type=int, default=32, help="TRL's per_device_train_batch_size"
-    )
-    parser.add_argument(
-        "--tune", action="store_true", help="try the sizes below for TRL and take the fastest"
-    )
-    parser.add_argument("--tune_sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--threads", type=int, help="torch's CPU threads (default: its own choice)")
-    parser.add_argument(
-        "--env", type=Path, help="a virtual environment with trl (default: that of --install)"
-    )
-    parser.add_argument(
-        "--install", action="store_true", help="make that environment first, as conformance.py does"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    how = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=how, allow_abbrev=False)
+    flag, contenders = parser.add_argument, list(CONTENDERS)
+    flag("--workload", choices=list(WORKLOADS), default="bundled")
+    flag("--model", help="in the place of the workload's; smollm2 needs it")
+    flag("--dataset", help="as train.py's; smollm2 needs it")
+    flag("--precision", choices=["bf16", "bf16-pure", "fp32"], help="in the workload's place")
+    flag("--only", nargs="+", choices=contenders, default=contenders)
+    flag("--ours", default="", help="train.py's flags for ours alone: --ours='--a 1 --b 2'")
+    flag("--tutorial", default="--micro_batch_size 16", help="the same for the tutorial's way")
+    flag("--all", default="", help="the same for all, TRL too where it has the setting")
+    flag("--trl_batch_size", type=positive, default=32, help="TRL's per_device_train_batch_size")
+    flag("--tune", action="store_true", help="try the sizes below for TRL; take the fastest")
+    flag("--tune_sizes", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    flag("--steps", type=positive, default=5, help="counted steps of each")
+    flag("--warmup", type=whole, default=2, help="steps before them")
+    flag("--threads", type=positive, help="torch's CPU threads (default: its own choice)")
+    flag("--env", type=Path, help="an environment with trl (default: that of --install)")
+    flag("--install", action="store_true", help="make it first, as conformance.py does")
+    flag("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     args.given = argv
-    for name, least in (("steps", 1), ("warmup", 0), ("trl_batch_size", 1), ("threads", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be {least} or more.")
     if args.workload == "smollm2" and not (args.model and args.dataset):
         raise UserError(
-            "--workload smollm2 needs --model FOLDER (SmolLM2-135M-Instruct) and --dataset FOLDER (GSM8K)."
+            "--workload smollm2 needs --model FOLDER (SmolLM2-135M-Instruct) and --dataset FOLDER "
+            "(GSM8K)."
         )
     if args.workload == "gpu" and not torch.cuda.is_available():
         raise UserError(
-            "--workload gpu needs a CUDA GPU and there is none here; bundled and smollm2 run on any machine."
+            "--workload gpu needs a CUDA GPU and there is none here; bundled and smollm2 run on "
+            "any machine."
         )
     for name in ("model", "dataset"):
         value = getattr(args, name)
@@ -534,38 +533,27 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def flags(args: argparse.Namespace) -> dict[str, list[str]]:
     """train.py's flags for each contender."""
-    chosen = {"model": args.model, "dataset": args.dataset, "precision": args.precision}
-    same = [*COMMON, *WORKLOADS[args.workload]]
-    for name, value in chosen.items():
-        same += (
-            [f"--{name}", str(Path(value).expanduser()) if value.startswith("~") else value]
-            if value
-            else []
-        )
+    same = f"{COMMON} {WORKLOADS[args.workload]}".split()
+    for name in ("model", "dataset", "precision"):
+        value = getattr(args, name)
+        if value:
+            same.append(f"--{name}={Path(value).expanduser() if value[0] == '~' else value}")
     try:
-        everywhere, ours_alone, tutorial_alone = map(
-            shlex.split, (args.all, args.ours, args.tutorial)
-        )
+        everywhere, ours_alone, others = map(shlex.split, (args.all, args.ours, args.tutorial))
     except ValueError as error:
         raise UserError(
             f"--all, --ours and --tutorial take flags as a shell does ({error})."
         ) from error
     same += everywhere
-    return {"ours": same + ours_alone, "trl": same, "tutorial": same + tutorial_alone}
+    return {"ours": same + ours_alone, "trl": same, "tutorial": same + others}
 
 
 def find_trl(args: argparse.Namespace) -> str | None:
     """An interpreter that has TRL, or None."""
     folder = (args.env or CACHE).expanduser()
     if args.install:  # its --help in the environment, once that is made
-        maker = [
-            sys.executable,
-            str(ROOT / "benchmarks/conformance.py"),
-            "--install",
-            "--env",
-            str(folder),
-            "--help",
-        ]
+        script = str(ROOT / "benchmarks/conformance.py")
+        maker = [sys.executable, script, "--install", "--env", str(folder), "--help"]
         if subprocess.run(maker, stdout=subprocess.DEVNULL).returncode:
             raise UserError(
                 f"The environment {folder} could not be made; what pip says of it stands above."
@@ -616,12 +604,12 @@ def main(argv: list[str]) -> None:
         for name in names:  # one after the other, so that each one loads alone
             workers.append(Worker(name, pythons[name], jobs[name]))
         rows = compare(workers, args.warmup, args.steps, args.out / f"step-{args.workload}.jsonl")
-        text = report(rows, workers, configs, batch, args, missing)
+        lines = report(rows, workers, configs, batch, args, missing)
     finally:
         for worker in workers:
             worker.close()
-    print(f"\n{text}")
-    (args.out / f"step-{args.workload}.md").write_text(text, encoding="utf-8")
+    print("\n".join(["", *lines]))
+    write_lines(args.out / f"step-{args.workload}.md", lines)
 
 
 if __name__ == "__main__":
