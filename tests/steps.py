@@ -1,9 +1,15 @@
 """Single steps of the real training loop, for the tests: with groups of their own, or stopped
 before the update. And finished runs, each trained once for all tests of a process."""
 
+import os
 import shutil
+import signal
+import sys
 import tempfile
+import traceback
+from contextlib import suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ from conftest import FEW
 
 import train
 from replay_buffer import ReplayBuffer
+from support import policy
 from support.command_line import parse_config
 from support.model import set_learning_rate
 from support.schedule import seed_step
@@ -24,7 +31,11 @@ def build(tmp_path, dataset, *flags):
         "--micro_batch_size=24", "--max_new_tokens=48", "--eval_interval=0", f"--dataset={dataset}",
         f"--run_dir={tmp_path}/run", *flags,
     ])  # fmt: skip
-    trainer = train.build(config, others["resume"])
+    with pytest.MonkeyPatch.context() as patch:
+        # As in `tiny_run`.
+        patch.setattr(train, "check_sampler", lambda *arguments: None)
+        patch.setattr(policy, "check_model", lambda *arguments: None)
+        trainer = train.build(config, others["resume"])
     tmp_path.mkdir(exist_ok=True)
     trainer.monitor.open(tmp_path)
     return trainer
@@ -93,3 +104,42 @@ def shared_run(*flags):
 def copy_of(run, folder):
     """A copy of a run in `folder`; returns it."""
     return shutil.copytree(run, folder)
+
+
+def forked(argv, before=None, lines=None):
+    """`train.main` in a process of its own, which need not import everything again.
+
+    `before` is called in it first. Its output is a pipe, from which only the first `lines` lines are
+    read if that is given. Returns its exit code, its output, and what it printed as errors.
+    """
+    ours, theirs = os.pipe()
+    with tempfile.TemporaryFile("w+") as error:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.close(ours)
+                os.dup2(theirs, 1)
+                os.dup2(error.fileno(), 2)
+                # pytest has put files of its own in their place.
+                sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+                signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as an interpreter does
+                if before:
+                    before()
+                train.main(argv)
+                code = 0
+            except SystemExit as ended:
+                code = ended.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with suppress(OSError):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+        os.close(theirs)
+        with os.fdopen(ours) as pipe:
+            output = "".join(pipe) if lines is None else "".join(islice(pipe, lines))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        error.seek(0)
+        return code, output, error.read()

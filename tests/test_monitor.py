@@ -2,13 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from conftest import ROOT, metrics
+from conftest import FEW, metrics
+from steps import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from support.alarms import ALARMS, LONGEST
@@ -123,11 +122,12 @@ def test_metrics_that_were_tampered_with(tmp_path, capsys):
 
 def test_a_run_goes_on_when_nobody_listens(tmp_path):
     """`python train.py | head`: the pipe is closed after the first step, and the training is not."""
-    flags = "--preset tiny --device cpu --steps 9 --rollouts_per_step 2 --group_size 2 --train_batch_size 4 --max_new_tokens 4"
-    command = f"{sys.executable} train.py {flags} --eval_interval 0 --run_dir {tmp_path}/run 2>{tmp_path}/errors | head -6"
-    subprocess.run(["sh", "-c", command], cwd=ROOT, check=True, capture_output=True)
-    assert (tmp_path / "run" / "checkpoint-9").is_dir(), (tmp_path / "errors").read_text()
-    assert "Traceback" not in (tmp_path / "errors").read_text()
+    flags = "--preset tiny --device cpu --steps 9 --rollouts_per_step 2 --group_size 2 --train_batch_size 4"
+    flags += f" --max_new_tokens 4 --eval_interval 0 --dataset {FEW[0]} --run_dir {tmp_path}/run"
+    code, output, error = forked(flags.split(), lines=6)
+    assert output.count("\n") == 6 and "step 1/9" in output
+    assert code == 0 and (tmp_path / "run" / "checkpoint-9").is_dir(), error
+    assert "Traceback" not in error
 
 
 def test_metrics_are_on_the_disk_before_a_checkpoint_can_be(tmp_path, monkeypatch):
