@@ -106,11 +106,11 @@ def copy_of(run, folder):
     return shutil.copytree(run, folder)
 
 
-def forked(argv, before=None, lines=None):
-    """`train.main` in a process of its own, which need not import everything again.
+def forked(work, lines=None):
+    """Call `work` in a process of its own, which need not import everything again.
 
-    `before` is called in it first. Its output is a pipe, from which only the first `lines` lines are
-    read if that is given. Returns its exit code, its output, and what it printed as errors.
+    Its output is a pipe, from which only the first `lines` lines are read if that is given. Returns
+    its exit code, its output, and what it printed as errors.
     """
     ours, theirs = os.pipe()
     with tempfile.TemporaryFile("w+") as error:
@@ -124,9 +124,7 @@ def forked(argv, before=None, lines=None):
                 # pytest has put files of its own in their place.
                 sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
                 signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as an interpreter does
-                if before:
-                    before()
-                train.main(argv)
+                work()
                 code = 0
             except SystemExit as ended:
                 code = ended.code or 0

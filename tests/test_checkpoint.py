@@ -1,6 +1,7 @@
 """support/checkpoint.py: whole or absent, what is damaged is named, and the only good one is never
 deleted."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -9,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import FEW, ROOT, metrics
-from steps import copy_of, shared_run
+from steps import copy_of, forked, shared_run
 
 import train
 from support import checkpoint
@@ -397,46 +399,43 @@ def test_a_disk_that_takes_no_more(tmp_path):
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
-# Run with the right to mount, in a namespace of its own. Importing train.py takes longer than all
-# the rest, so that is done once; each command is a fork, which ends as a process of its own does.
-SMALL_DISKS = """
-import gc, glob, json, os, subprocess, sys, tempfile
-import train
+def may_mount():
+    """Give this process, which has one thread, a file system of its own: `unshare -rm`."""
+    ids = {"uid_map": f"0 {os.getuid()} 1", "setgroups": "deny", "gid_map": f"0 {os.getgid()} 1"}
+    new_namespace, new_user = 0x20000, 0x10000000
+    if ctypes.CDLL(None, use_errno=True).unshare(new_namespace | new_user):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in ids.items():
+        Path("/proc/self", name).write_text(text)
 
-gc.freeze()  # else each fork would visit all objects of its parent at its end, which takes seconds
-here, *flags = sys.argv[1:]
-told = {}
 
-def mount(name, size):
-    os.mkdir(f"{here}/{name}")
-    arguments = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", f"{here}/{name}"]
-    subprocess.run(["mount", *arguments], check=True)
+def mount(folder, size):
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    subprocess.run(["mount", *options], check=True)
 
-def command(name, *argv):
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if not child:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            train.main(list(argv))
-            sys.exit()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        err.seek(0)
-        told[name] = code, err.read()
 
-mount("disk", "15m")
-run = f"{here}/disk/run"
-command("full", *flags, f"--run_dir={run}", "--checkpoint_interval=1")
-for folder in glob.glob(f"{run}/checkpoint-*"):
-    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
-told["files"] = os.listdir(run)
-subprocess.run(["mount", "-o", "remount,size=64m", f"{here}/disk"], check=True)
-command("resumed", f"--resume={run}")
-subprocess.run(["mv", run, f"{here}/resumed"], check=True)
-mount("logs", "40k")
-command("logs", *flags, f"--run_dir={here}/logs/run", "--steps=40", "--checkpoint_interval=0")
-print("TOLD" + json.dumps(told))
-"""
+def use_small_disks(here):
+    """Train until a disk is full, go on with more room; and on one that the logs fill."""
+    may_mount()
+    told, run, flags = {}, here / "disk" / "run", short_run()
+
+    def command(name, *argv):
+        code, _, error = forked(lambda: train.main(list(argv)))
+        told[name] = code, error
+
+    mount(here / "disk", "15m")
+    command("full", *flags, f"--run_dir={run}", "--checkpoint_interval=1")
+    for folder in run.glob("checkpoint-*"):
+        subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
+    told["files"] = os.listdir(run)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(here / "disk")], check=True)
+    command("resumed", f"--resume={run}")
+    shutil.copytree(run, here / "resumed")
+    mount(here / "logs", "40k")
+    many = ["--steps=40", "--checkpoint_interval=0"]
+    command("logs", *flags, f"--run_dir={here}/logs/run", *many)
+    (here / "told.json").write_text(json.dumps(told))
 
 
 @cache
@@ -444,14 +443,9 @@ def small_disks():
     """What happened on two small file systems: a folder, and by name the exit code and stderr."""
     here = FEW[0].parent / "small-disks"
     here.mkdir()
-    done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-c", SMALL_DISKS, here, *short_run()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return here, json.loads(done.stdout.split("TOLD")[1])
+    code, _, error = forked(lambda: use_small_disks(here))
+    assert code == 0, error
+    return here, json.loads((here / "told.json").read_text())
 
 
 def short_run():

@@ -651,7 +651,7 @@ def no_space() -> None:
 
 def test_no_room_for_the_config(tmp_path):
     argv = ["--preset=tiny", *SMALL, f"--dataset={FEW[0]}", f"--run_dir={tmp_path}/full"]
-    code, _, error = forked(argv, before=no_space)
+    code, _, error = forked(lambda: (no_space(), train.main(argv)))
     assert code == 2 and "Cannot write to the run folder" in error, error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.*")), "no file"

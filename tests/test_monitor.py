@@ -10,6 +10,7 @@ from conftest import FEW, metrics
 from steps import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from support.alarms import ALARMS, LONGEST
 from support.metrics import CHARTS, GLOSSARY, console_line, meaning
 from support.monitor import Monitor, progress
@@ -124,7 +125,7 @@ def test_a_run_goes_on_when_nobody_listens(tmp_path):
     """`python train.py | head`: the pipe is closed after the first step, and the training is not."""
     flags = "--preset tiny --device cpu --steps 9 --rollouts_per_step 2 --group_size 2 --train_batch_size 4"
     flags += f" --max_new_tokens 4 --eval_interval 0 --dataset {FEW[0]} --run_dir {tmp_path}/run"
-    code, output, error = forked(flags.split(), lines=6)
+    code, output, error = forked(lambda: train.main(flags.split()), lines=6)
     assert output.count("\n") == 6 and "step 1/9" in output
     assert code == 0 and (tmp_path / "run" / "checkpoint-9").is_dir(), error
     assert "Traceback" not in error
