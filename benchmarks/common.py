@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
-from support.errors import UserError, choose  # noqa: E402
+from support.errors import UserError, check_choice  # noqa: E402
 
 # Student's t, 97.5 %, by degrees of freedom.
 QUANTILES = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
@@ -84,7 +84,7 @@ def positive(text: str) -> int:
 
 def available(device: str) -> str:
     """The device, with `auto` decided; UserError for one that is not there."""
-    choose(device, ("auto", "cuda", "cpu"), "device")
+    check_choice(device, ("auto", "cuda", "cpu"), "device")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA GPU here; --device cpu measures on the CPU.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

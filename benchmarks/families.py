@@ -57,7 +57,7 @@ from loss import sequences_log_probs, token_log_probs
 from replay_buffer import Experience, pad_batch
 from rollout import complete
 from support.command_line import Parser
-from support.errors import choose, command
+from support.errors import check_choice, command
 from support.generation import Sampling
 from support.model import load_model, load_tokenizer
 from support.shared_prompts import share_prompts, shared_log_probs
@@ -404,7 +404,7 @@ def main(argv: list[str]) -> None:
     flag("--traces", action="store_true", help="print the traceback of a FAULT")
     args = parser.parse_args(argv)
     known = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    kinds = [choose(k, known, "causal language model type") for k in args.types or known]
+    kinds = [check_choice(k, known, "causal language model type") for k in args.types or known]
     earlier = read_jsonl(args.out / "families.jsonl") if args.types else []
     rows = {row["type"]: row for row in earlier}
     torch.set_num_threads(1)

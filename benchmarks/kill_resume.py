@@ -45,7 +45,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from support import checkpoint, schedule
 from support.command_line import Parser
-from support.errors import UserError, choose, command
+from support.errors import UserError, check_choice, command
 from support.monitor import Monitor
 
 INTERVAL = 2  # steps between checkpoints
@@ -272,7 +272,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     flag("--seed", type=int, default=0, help="of the moments")
     flag("--out", type=Path, default=RESULTS, help="folder for the table")
     args = parser.parse_args(argv)
-    args.only = [choose(name, SCENARIOS, "scenario") for name in args.only]
+    args.only = [check_choice(name, SCENARIOS, "scenario") for name in args.only]
     return args
 
 

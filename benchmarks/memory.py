@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from loss import sequences_log_probs, token_log_probs
 from support.command_line import Parser
-from support.errors import UserError, choose, command
+from support.errors import UserError, check_choice, command
 from support.shared_prompts import share_prompts, shared_log_probs
 
 QUESTIONS, GROUP = 2, 4
@@ -276,9 +276,9 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     flag("--out", type=Path, default=RESULTS)
     flag("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.ways = [choose(w, WAYS, "way") for w in args.ways]
+    args.ways = [check_choice(w, WAYS, "way") for w in args.ways]
     args.device = available(args.device)
-    choose(args.dtype, ("float32", "bfloat16"), "dtype")
+    check_choice(args.dtype, ("float32", "bfloat16"), "dtype")
     if min(args.lengths) < 4:
         raise UserError(f"--lengths {min(args.lengths)} is too short; 4 tokens are the least.")
     return args

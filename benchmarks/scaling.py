@@ -52,7 +52,7 @@ from roofline import Size, Step, build_trainer, forbid_end, make_config, set_pro
 
 from support.command_line import Parser
 from support.config import plural
-from support.errors import UserError, choose, command
+from support.errors import UserError, check_choice, command
 
 BASE = {
     "questions": 8,
@@ -322,7 +322,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     flag("--out", type=Path, default=RESULTS)
     flag("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.only = [choose(name, SWEEPS, "sweep") for name in args.only]
+    args.only = [check_choice(name, SWEEPS, "sweep") for name in args.only]
     args.device = available(args.device)
     return args
 

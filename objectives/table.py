@@ -9,7 +9,7 @@ equations.py has one short function for each. A new method is a row, or a row an
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from support.errors import UserError, choose
+from support.errors import UserError, check_choice
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "advantage": ("group", "leave-one-out", "pass-at-k", "raw"),
@@ -231,9 +231,9 @@ def find_objective(name: str, **given: object) -> Objective:
         UserError: for an unknown name, and for a combination that means nothing.
     """
     given = {column: value for column, value in given.items() if value is not None}
-    objective = replace(OBJECTIVES[choose(name, OBJECTIVES, "objective")], **given)
+    objective = replace(OBJECTIVES[check_choice(name, OBJECTIVES, "objective")], **given)
     for column, names in CHOICES.items():
-        choose(getattr(objective, column), names, column)
+        check_choice(getattr(objective, column), names, column)
     wrong = check_objective(objective, set(given))
     if wrong:
         raise UserError(wrong)

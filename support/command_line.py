@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from support.checkpoint import checkpoints, find_model
 from support.config import OBJECTIVE_COLUMNS, PRESETS, Config, check_text
 from support.config_file import read_config_file
-from support.errors import UserError, choose
+from support.errors import UserError, check_choice
 from support.foreign_options import explain_foreign_option
 
 Choices = dict[str, typing.Iterable[str]]
@@ -112,7 +112,7 @@ def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
                 "--steps 10."
             )
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        choose(unknown[0].split("=")[0], flags, "flag", listed="--help")
+        check_choice(unknown[0].split("=")[0], flags, "flag", listed="--help")
     return {name: value for name, value in vars(namespace).items() if value is not absent}
 
 
@@ -153,7 +153,7 @@ def read_settings(given: dict[str, Any], resume: str | None) -> dict[str, Any]:
             f"{file} was made from the preset {settings['preset']}; leave out --preset {preset}."
         )
     if not file:
-        settings = PRESETS[choose(preset, PRESETS, "preset")]
+        settings = PRESETS[check_choice(preset, PRESETS, "preset")]
     elif not resume:
         settings.pop("run_dir", None)  # a run that is repeated gets a folder of its own
     if given.get("objective", settings.get("objective")) != settings.get("objective"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from support.errors import UserError, choose, is_text
+from support.errors import UserError, check_choice, is_text
 
 # The tutorial's prompt, in our words: what the rewards look for is what the model is asked for. No
 # number in it, since a model that has not learned yet will copy its example, and a copied 42 would
@@ -273,10 +273,10 @@ class Config:
         for name in ("model", "dataset"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is empty; give it a folder or a hub name.")
-        choose(self.preset, PRESETS, "preset")
-        choose(self.device, ("auto", "cuda", "cpu"), "device")
-        choose(self.precision, ("bf16", "bf16-pure", "fp32"), "precision")
-        choose(self.optimizer, ("adamw", "adamw_8bit"), "optimizer")
+        check_choice(self.preset, PRESETS, "preset")
+        check_choice(self.device, ("auto", "cuda", "cpu"), "device")
+        check_choice(self.precision, ("bf16", "bf16-pure", "fp32"), "precision")
+        check_choice(self.optimizer, ("adamw", "adamw_8bit"), "optimizer")
         for described in dataclasses.fields(self):
             value, limits = getattr(self, described.name), described.metadata["help"].limits
             if value is not None and limits:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from support.config import Config
-from support.errors import UserError, choose
+from support.errors import UserError, check_choice
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     types = typing.get_type_hints(Config)
     for name in map(str, values):
         try:
-            choose(name, types, "option", listed="docs/options.md")
+            check_choice(name, types, "option", listed="docs/options.md")
         except UserError as error:
             raise UserError(
                 f"{path}: {error} Mend the line, or remove it if another version wrote it."

@@ -13,7 +13,7 @@ class UserError(Exception):
     """Something that the user can put right; its text is the sentence that they read."""
 
 
-def choose(name: str, options: Iterable[str], what: str, listed: str = "") -> str:
+def check_choice(name: str, options: Iterable[str], what: str, listed: str = "") -> str:
     """Return `name` if it is one of `options`; else UserError, with the nearest one as a guess.
 
     Args:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.errors import UserError, choose
+from support.errors import UserError, check_choice
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -44,7 +44,7 @@ def load_rewards(
                 raise UserError(
                     f"--reward {given} names a file but no function; write {given}:FUNCTION."
                 )
-            name = choose(given, built_in, "reward")
+            name = check_choice(given, built_in, "reward")
             rewards[name] = built_in[name]
     if len(rewards) != len(names):
         raise UserError(
@@ -71,7 +71,7 @@ def load_function(path: Path, name: str) -> RewardFunction:
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{path} cannot be run: {describe(error)}.") from error
     functions = dict(inspect.getmembers(module, callable))
-    function = functions[choose(name, functions, f"function in {path}:")]
+    function = functions[check_choice(name, functions, f"function in {path}:")]
     check_signature(function, name)
     return function
 
