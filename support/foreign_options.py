@@ -10,7 +10,7 @@ TUTORIAL = {
     "num_rollouts": ("--group_size", ""),
     "max_length": (
         "--max_new_tokens",
-        "which does not count the prompt (that is --max_prompt_tokens)",
+        "completion tokens alone; --max_prompt_tokens are those of the prompt",
     ),
     "model_name": ("--model", ""),
     "checkpoint_path": ("--run_dir", ""),
@@ -118,7 +118,24 @@ VERL = {
     "default_local_dir": ("--run_dir", ""),
     "enable_gradient_checkpointing": ("--gradient_checkpointing", ""),
 }
-OWNERS = {"the tutorial": TUTORIAL, "TRL": TRL, "verl": VERL}
+# GRPO-Zero, nano-aha-moment, nanochat, and whoever wrote PPO before.
+OTHERS = {
+    "num_answers_per_question": ("--group_size", ""),
+    "num_samples": ("--group_size", ""),
+    "num_questions_per_batch": ("--rollouts_per_step", ""),
+    "batch_size": ("--train_batch_size", "sequences per optimizer step"),
+    "num_epochs": ("--steps", "rollouts; --epochs_per_step are passes over one of them"),
+    "epochs": ("--steps", "rollouts; --epochs_per_step are passes over one of them"),
+    "num_steps": ("--steps", "rollouts, not optimizer steps"),
+    "eps": ("--clip_eps", ""),
+    "clip_range": ("--clip_eps", ""),
+    "cliprange": ("--clip_eps", ""),
+    "entropy_coef": ("--entropy_weight", ""),
+    "data_path": ("--dataset", ""),
+    "output": ("--run_dir", ""),
+    "run_name": ("--run_dir", "a folder"),
+}
+OWNERS = {"the tutorial": TUTORIAL, "TRL": TRL, "verl": VERL, "another trainer": OTHERS}
 # What others have and this project does not: why, or what to do.
 GENERATE = "completions are sampled by transformers' generate"
 DRAWN = "tokens are drawn from softmax(logits / --temperature), as they are trained; see --top_p"
@@ -128,7 +145,10 @@ ABSENT = {
     **dict.fromkeys(("gamma", "lam", "vf_coef", "cliprange_value"), "GRPO has no value function"),
     **dict.fromkeys(("use_peft", "lora_r", "lora_rank", "lora_alpha"), "all weights are trained"),
     **dict.fromkeys(("deepspeed", "fsdp", "n_gpus_per_node", "nnodes"), "a run has one device"),
-    **dict.fromkeys(("report_to", "logging_steps"), "each step goes to TensorBoard and to a file"),
+    **dict.fromkeys(
+        ("report_to", "logging_steps", "wandb", "wandb_project"),
+        "each step goes to TensorBoard and to a file",
+    ),
 }
 
 
