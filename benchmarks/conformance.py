@@ -169,10 +169,8 @@ def draw_batch(draw: Draw, spread: tuple[float, float], seed: int) -> Batch:
         truncated[1:6] = True  # a whole group among them
     log_ratio = torch.zeros(n, LONGEST, dtype=torch.float64) if draw.on_policy else signed(spread)
     below = uniform(0.01, 2.0, n, LONGEST)
-    now, old = (
-        -below + log_ratio.clamp(max=0),
-        -below - log_ratio.clamp(min=0),
-    )  # both are log-probabilities
+    # Both are log-probabilities.
+    now, old = -below + log_ratio.clamp(max=0), -below - log_ratio.clamp(min=0)
     # float32 numbers: TRL keeps a sampler's log-probabilities, and verl GDPO's rewards, in float32
     sampler = (old - signed((0.0, 1.0))).float().double()
     rewards = uniform(0.0, 1.0, n, len(draw.weights)).float().double() * draw.reward_scale
@@ -440,9 +438,8 @@ def verl_advantages(settings: dict[str, Any], batch: Batch) -> Tensor:
         scores = torch.where(batch.mask, scores, kl_free)  # its trainer masks the KL
     name = settings["adv_estimator"]
     index = np.repeat(np.arange(QUESTIONS), batch.draw.group)
-    if (
-        name == "grpo, each completion a group"
-    ):  # what verl makes of a group of one: the reward as it is
+    # What verl makes of a group of one: the reward as it is.
+    if name == "grpo, each completion a group":
         name, index = "grpo", np.arange(len(index))
     more = {}
     if name == "grpo":

@@ -49,9 +49,8 @@ STATES = re.compile(rf"{BEFORE}{SIGN}(?:{FRACTION}|(?P<number>{NUMBER})){AFTER}"
 # cost).
 SUM = re.compile(r"(?:[\d\s.()+*/÷^%-]|,(?=\d{3}(?!\d)))*")
 NAME = re.compile(r"([A-Za-z .,:']*?)(?:\b[A-Za-z])? ?")
-WORDS = re.compile(
-    r"(?![aAI] [a-z]{2})[A-Za-z]+"
-)  # all but the words `a` and `I`: other single letters are unknowns
+# All but the words `a` and `I`: other single letters are unknowns.
+WORDS = re.compile(r"(?![aAI] [a-z]{2})[A-Za-z]+")
 UNITS = frozenset("CFLghlms")  # ... or these, behind a number
 NUMERALS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -159,10 +158,8 @@ def is_correct_flexible(completion: str, reference: str) -> bool:
     answer = find_answer(completion)
     if answer is None:
         tail = completion[-10 * LONGEST_ANSWER :]
-        tail = (
-            tail if tail == completion else tail.partition(" ")[2]
-        )  # not from the middle of a number
-        answer = (
-            re.findall(rf"[-+]?{NUMBER}", tail.translate(CHARACTERS).replace("$", "")) or [""]
-        )[-1]
+        if tail != completion:  # not from the middle of a number
+            tail = tail.partition(" ")[2]
+        numbers = re.findall(rf"[-+]?{NUMBER}", tail.translate(CHARACTERS).replace("$", ""))
+        answer = numbers[-1] if numbers else ""
     return same_answer(answer, reference)

@@ -139,8 +139,7 @@ def save_checkpoint(
 
     Raises:
         UserError: if it could not be written (a full disk), or if weights are not finite; the
-        earlier ones are
-            untouched.
+            earlier ones are untouched.
     """
     final, partial = run_dir / f"{PREFIX}{state.step}", run_dir / f".{PREFIX}{state.step}.partial"
     kept = ", ".join(p.name for p in checkpoints(run_dir)) or "none"
@@ -160,18 +159,15 @@ def save_checkpoint(
         discard(final)
         partial.rename(final)
         sync(run_dir)
-    except (
-        Exception
-    ) as error:  # safetensors and torch each report a full disk in a way of their own
+    except Exception as error:  # safetensors and torch each have their own for a full disk
         free = shutil.disk_usage(run_dir).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with "
             f"--resume {run_dir}. Checkpoints that are there: {kept}."
         ) from error
-    for old in [p for p in checkpoints(run_dir) if step_of(p) <= state.step][
-        : -config.keep_checkpoints
-    ]:
+    older = [p for p in checkpoints(run_dir) if step_of(p) <= state.step]
+    for old in older[: -config.keep_checkpoints]:
         tolerantly(discard, old)
     return final
 

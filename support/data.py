@@ -40,8 +40,7 @@ def load_questions(dataset: str, split: str, hub_config: str = "main") -> list[Q
 
     Args:
         dataset: a .jsonl or .parquet file (then `split` is not looked at), a folder with `train.*`
-        and `test.*`, or
-            the name of a dataset on the Hugging Face hub.
+            and `test.*`, or the name of a dataset on the Hugging Face hub.
         split: train or test.
         hub_config: the configuration of a hub dataset.
     Raises:
@@ -68,9 +67,8 @@ def find_split(folder: Path, split: str) -> Path:
         if f.suffix in FORMATS and f.name.split(".")[0].split("-")[0] == split
     ]
     if len(files) != 1:
-        near = files or [
-            f for f in sorted(folder.iterdir()) if f.name.startswith(split)
-        ]  # train.csv, perhaps
+        # train.csv, perhaps
+        near = files or [f for f in sorted(folder.iterdir()) if f.name.startswith(split)]
         names = ", ".join(f.name for f in near) or "none"
         raise UserError(
             f"{folder} must hold one {split}.jsonl or {split}.parquet; it holds {names}."
@@ -96,9 +94,8 @@ def read_file(path: Path) -> list[tuple[dict, str]]:
         return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
     rows = []
     try:
-        with path.open(
-            encoding="utf-8-sig"
-        ) as lines:  # Windows programs put a mark at the beginning
+        # Windows programs put a mark at the beginning.
+        with path.open(encoding="utf-8-sig") as lines:
             for i, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append((json.loads(line), f"{path}, line {i}"))
@@ -108,10 +105,8 @@ def read_file(path: Path) -> list[tuple[dict, str]]:
         raise UserError(
             f"{path} cannot be read as UTF-8 text ({error}); save it again, as UTF-8."
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not JSON; a number of 5000 digits; brackets too deep
+    # Not JSON; a number of 5000 digits; brackets too deep.
+    except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
         raise UserError(
             f"{path}, line {i}: not valid JSON ({reason}); each line must be one whole object."
@@ -125,9 +120,7 @@ def read_hub(name: str, split: str, hub_config: str) -> list[tuple[dict, str]]:
 
     try:
         rows = datasets.load_dataset(name, hub_config, split=split)
-    except (
-        Exception
-    ) as error:  # datasets, the hub client and the network each raise their own kinds
+    except Exception as error:  # datasets, the hub client and the network have their own kinds
         raise UserError(
             f"Cannot load the {split} split of the dataset {name!r} from the hub "
             f"({type(error).__name__}); check the name and the connection, or give --dataset a "

@@ -37,9 +37,8 @@ def build_accelerator(config: Config) -> Accelerator:
 
 def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer."""
-    if (
-        name.startswith(("runs/", ".", "/", "~")) and not Path(resolve_path(name)).exists()
-    ):  # no name on the hub
+    no_hub_name = name.startswith(("runs/", ".", "/", "~"))
+    if no_hub_name and not Path(resolve_path(name)).exists():
         raise UserError(
             f"There is no folder {name}; give --model a folder that is there, or a hub name."
         )

@@ -66,9 +66,8 @@ class Monitor:
     def open(self, run_dir: Path, start_step: int = 0) -> None:
         """Open the run's logs; what a resumed run had written after `start_step` is taken back."""
         self.file = run_dir / "metrics.jsonl"
-        first = (
-            start_step + 1 if start_step else 0
-        )  # a run that starts again from nothing evaluates at step 0 again
+        # A run that starts again from nothing evaluates at step 0 again.
+        first = start_step + 1 if start_step else 0
         self.rows.extend(keep_before(self.file, first))
         for events in sorted(run_dir.glob("events.out.tfevents.*")):
             keep_events_before(events, first)
@@ -135,9 +134,8 @@ class Monitor:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # a checkpoint of this step must not be on the disk before its metrics are
+            # A checkpoint of this step must not be on the disk before its metrics are.
+            os.fsync(file.fileno())
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
         for name in new:
@@ -211,9 +209,8 @@ def keep_events_before(file: Path, step: int) -> None:
             read += len(data) + 16  # its length and two checksums
             if Event.FromString(data).step < step:
                 writer.write(data)
-    if (
-        file.stat().st_size - read > 100_000
-    ):  # more than a record that a killed process did not finish
+    # More than a record that a killed process did not finish.
+    if file.stat().st_size - read > 100_000:
         print(
             f"{file}: only the first {read} bytes can be read, and are kept; metrics.jsonl has all "
             "metrics"
