@@ -102,11 +102,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def find_model(folder: str) -> str:
     """`folder`, or its newest checkpoint if it is a run's; UserError if there is no whole one."""
     found = checkpoints(Path(folder))
-    if (
-        not found
-        and Path(folder, "config.yaml").is_file()
-        and not Path(folder, "config.json").is_file()
-    ):
+    known = ("config.yaml", "config.json", SUMS)
+    there = [name for name in known if Path(folder, name).is_file()]
+    if not found and there == ["config.yaml"]:
         raise UserError(
             f"The run {folder} has no checkpoint; a model is in checkpoint-STEP, or (sft.py) in "
             "model."
@@ -245,7 +243,12 @@ def find_damage(checkpoint: Path) -> str | None:
                 return f"{name} is not what was written (its SHA-256 differs)"
     except (OSError, UnicodeDecodeError) as error:
         return f"{SUMS} cannot be read ({getattr(error, 'strerror', None) or error})"
-    return None if lines else f"{SUMS} is empty"
+    if not lines:
+        return f"{SUMS} is empty"
+    names = {line.partition("  ")[2] for line in lines}
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        return f"{SUMS} names no weights, or no config.json"
+    return None
 
 
 def verify(checkpoint: Path) -> None:

@@ -145,6 +145,12 @@ def parse_row(row: Any, where: str) -> Question:
                 f"{where}: the column {name} holds half a character (a lone surrogate); mend or "
                 "remove it."
             )
+    images = [name for name in ("image", "images") if row.get(name)]
+    if images:
+        raise UserError(
+            f"{where}: the column {images[0]} would not be seen, since the model reads text alone; "
+            "leave it out, or train with TRL or verl, which know images."
+        )
     solution, marker, reference = (answer if isinstance(answer, str) else "").rpartition("####")
     if answer_only is not None:
         number = (

@@ -5,6 +5,7 @@ Any causal language model of transformers, by hub name or folder; code from the 
 
 import copy
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from support.config import PRESETS, Config, resolve_path
 from support.errors import UserError
@@ -20,6 +21,7 @@ from support.errors import UserError
 
 def build_accelerator(config: Config) -> Accelerator:
     """Device and precision of the run; UserError if the preset wants a GPU that is not there."""
+    check_environment()
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda and PRESETS[config.preset].get("device"):
         raise UserError(
@@ -35,6 +37,21 @@ def build_accelerator(config: Config) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
 
 
+def check_environment() -> None:
+    """UserError for what a launcher may have set, and what would change the training unseen."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError(
+            f"This is one of {os.environ['WORLD_SIZE']} processes, and a run has one: start it "
+            "with python train.py, without torchrun or accelerate launch."
+        )
+    wanted = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    for name in (f"ACCELERATE_USE_{kind}" for kind in wanted):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(f"{name} is set, and a run has one device; unset it.")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UserError("ACCELERATE_DYNAMO_BACKEND is set, and models are not compiled; unset it.")
+
+
 def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer."""
     no_hub_name = name.startswith(("runs/", ".", "/", "~"))
@@ -43,7 +60,7 @@ def load_tokenizer(name: str) -> Any:
             f"There is no folder {name}; give --model a folder that is there, or a hub name."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_path(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(name), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged file
         raise UserError(loading_failed("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:
@@ -85,7 +102,8 @@ def read_model(name: str, dtype: torch.dtype) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     try:
-        architecture = AutoConfig.from_pretrained(resolve_path(name))
+        check_whole_model(name)
+        architecture = AutoConfig.from_pretrained(resolve_path(name), trust_remote_code=False)
         if architecture.is_encoder_decoder:
             raise UserError(f"{name} is an encoder-decoder; choose a causal language model.")
         if any(head.endswith("ForMaskedLM") for head in architecture.architectures or ()):
@@ -93,16 +111,19 @@ def read_model(name: str, dtype: torch.dtype) -> nn.Module:
                 f"{name} is an encoder ({architecture.architectures[0]}); choose a causal language "
                 "model."
             )
-        # Dropout would make the log-probabilities of sampling and of training differ at random.
-        for key, value in vars(architecture).items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                setattr(architecture, key, 0.0)
+        if getattr(architecture, "quantization_config", None):
+            raise UserError(
+                f"{name} has quantized weights, and only the few others would be trained; give the "
+                "model that it was made from."
+            )
+        remove_randomness(architecture)
         # Without its report of missing keys, which `check_weights` says in a sentence.
         transformers.utils.logging.set_verbosity_error()
         model, found = AutoModelForCausalLM.from_pretrained(
             resolve_path(name),
             config=architecture,
             dtype=dtype,
+            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -115,6 +136,28 @@ def read_model(name: str, dtype: torch.dtype) -> nn.Module:
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     return model
+
+
+def check_whole_model(name: str) -> None:
+    """UserError for a folder that holds an adapter: transformers would load its base model."""
+    folder = Path(resolve_path(name))
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{name} holds an adapter, and all weights of a model are trained here; merge it into "
+            "its base model first (peft: merge_and_unload, then save_pretrained)."
+        )
+
+
+def remove_randomness(config: PreTrainedConfig) -> None:
+    """Dropout, dropped layers and jittered routers are off, also in the configs inside this one.
+
+    They would make the log-probabilities of sampling and of training differ at random.
+    """
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            remove_randomness(value)
+        elif isinstance(value, float) and any(word in key for word in ("drop", "jitter")):
+            setattr(config, key, 0.0)
 
 
 @torch.no_grad()

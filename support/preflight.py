@@ -3,7 +3,7 @@
 What belongs to the algorithm (log-probabilities, sampling) is handed in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -158,23 +158,36 @@ def check_sampler(
     groups = sample([ranked[0], ranked[-1]], 2, sampling)
     experiences = [experience for group in groups for experience in group.experiences]
     drawn = torch.cat([experience.sampler_log_probs for experience in experiences])
-    gaps = []
-    for batches in ([[experience] for experience in experiences], [experiences]):
-        found = []
-        for batch in map(pad_batch, batches):
-            batch = batch.to(policy.device)
-            found.append(policy(batch)[0][batch.action_mask].float().cpu())
-        gaps.append((torch.cat(found) - drawn).abs().mean().item())
+    alone, together = [[experience] for experience in experiences], [experiences]
     limit = GAP[config.precision] / min(1.0, config.temperature)
+    policy.train()  # as in the update: what is random there is noticed here
+    said = [ask_policy(policy, map(pad_batch, batches)) for batches in (alone, together, together)]
+    policy.eval()
+    noise = (said[2] - said[1]).abs().mean().item()
+    if noise > limit / 10:
+        raise UserError(
+            f"{config.model} gives other log-probabilities each time that it is trained "
+            f"({noise:.2g} nats per token apart): it has a dropout, or other noise, of its own; "
+            "try another model."
+        )
+    gaps = [(log_probs - drawn).abs().mean().item() for log_probs in said]
     if not max(gaps) <= limit:
-        other = "another model"
-        other = other if config.precision == "fp32" else f"--precision fp32, or {other}"
+        finer = "" if config.precision == "fp32" else "--precision fp32, or "
         raise UserError(
             f"{config.model} is sampled from otherwise than it is trained: log-probabilities "
             f"differ by {max(gaps):.2g} nats per token, and rounding would be below {limit:.2g}; "
-            f"try {other}."
+            f"try {finer}another model."
         )
     print(
         f"tried: sampler and trainer give the same log-probabilities ({max(gaps):.1g} nats per "
         "token apart)"
     )
+
+
+def ask_policy(policy: Any, batches: Iterable[Any]) -> Tensor:
+    """What a policy says of the tokens of padded batches, one after the other: float32 (N,)."""
+    found = []
+    for batch in batches:
+        batch = batch.to(policy.device)
+        found.append(policy(batch)[0][batch.action_mask].float().cpu())
+    return torch.cat(found)

@@ -71,6 +71,13 @@ def test_the_sums_are_those_of_sha256sum(saved, tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
 
 
+def saved_without(folder, name):
+    """As a process leaves it that has saved everything but this file."""
+    (folder / name).unlink()
+    (folder / SUMS).unlink()
+    checkpoint.write_sums(folder)
+
+
 BROKEN = {
     "a bit of the weights": (
         lambda f: flip(f / "model.safetensors"),
@@ -99,6 +106,14 @@ BROKEN = {
     "the sums are binary": (
         lambda f: (f / SUMS).write_bytes(b"\xff\xfe\x00"),
         "SHA256SUMS cannot be read",
+    ),
+    "weights that nobody has saved, and sums that agree": (
+        lambda f: saved_without(f, "model.safetensors"),
+        "SHA256SUMS names no weights, or no config.json",
+    ),
+    "no config.json, and sums that agree": (
+        lambda f: saved_without(f, "config.json"),
+        "SHA256SUMS names no weights, or no config.json",
     ),
     "another config": (
         lambda f: (f / "config.yaml").write_text("preset: tiny\n"),

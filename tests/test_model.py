@@ -8,6 +8,9 @@ from transformers import (
     BioGptForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlavaConfig,
+    MixtralConfig,
+    OPTConfig,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -18,7 +21,13 @@ from replay_buffer import Experience, pad_batch
 from support import pieces
 from support.config import Config
 from support.errors import UserError
-from support.model import bf16_copy, build_accelerator, load_model, load_tokenizer
+from support.model import (
+    bf16_copy,
+    build_accelerator,
+    load_model,
+    load_tokenizer,
+    remove_randomness,
+)
 from support.policy import Policy
 from support.preflight import check_model
 
@@ -272,3 +281,61 @@ def test_a_head_that_picks_other_positions_is_refused(model, tokenizer):
     model.__class__ = Shifted
     with pytest.raises(UserError, match="generates from other probabilities"):
         check_model(model, tokenizer, small, sequences_log_probs)
+
+
+NOISY = {
+    "jitter of a router": MixtralConfig(
+        num_local_experts=4, router_jitter_noise=0.9, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=121,
+    ),
+    "dropped layers": OPTConfig(
+        layerdrop=0.5, dropout=0.5, attention_dropout=0.5, hidden_size=32, ffn_dim=32, num_hidden_layers=4,
+        num_attention_heads=4, vocab_size=121, word_embed_proj_dim=32,
+    ),
+    "dropout": GPT2Config(
+        resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5, n_embd=32, n_layer=1, n_head=4, vocab_size=121,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_the_update_computes_what_was_sampled(name, tmp_path, tokenizer):
+    """In train mode as in eval mode: else the ratio is not 1 before anything is trained."""
+    torch.manual_seed(0)
+    noisy = AutoModelForCausalLM.from_config(NOISY[name])
+    for p in noisy.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    ids = torch.arange(40)[None] % 121
+    noisy.train()
+    assert not torch.allclose(noisy(ids).logits, noisy(ids).logits), (
+        "noise, or this compares nothing"
+    )
+    noisy.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    quiet = load_model(str(tmp_path), "fp32")
+    expected = quiet(ids).logits
+    assert torch.equal(quiet.train()(ids).logits, expected)
+
+
+def test_configs_inside_a_config_have_no_noise():
+    config = LlavaConfig(text_config={"model_type": "llama", "attention_dropout": 0.3})
+    remove_randomness(config)
+    assert config.text_config.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("WORLD_SIZE", "2", "one of 2 processes, and a run has one"),
+        ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP is set"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "ACCELERATE_USE_DEEPSPEED is set"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "models are not compiled"),
+    ],
+)
+def test_what_a_launcher_has_set_is_refused(monkeypatch, variable, value, words):
+    build_accelerator(Config(device="cpu"))
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=words):
+        build_accelerator(Config(device="cpu"))
+    monkeypatch.setenv(variable, {"WORLD_SIZE": "1"}.get(variable, "no"))
+    build_accelerator(Config(device="cpu"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import train
 from loss import sequences_log_probs
@@ -229,3 +229,19 @@ def test_what_is_tried_is_what_will_sample(tmp_path, monkeypatch):
     assert sampled == [trainer.policy.bf16_copy] and tried == [trainer.policy]
     train.sample_and_score(trainer, 1)
     assert sampled == [trainer.policy.bf16_copy] * 2
+
+
+def test_noise_in_the_update_is_said_at_the_start(tokenizer, questions):
+    """A dropout that no config knows of, in a model's own code: silent in eval mode, and so while it samples."""
+
+    class Noisy(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = nn.functional.dropout(output.logits, 0.3, training=self.training)
+            return output
+
+    model = load_model("tiny/model", "fp32")
+    model.__class__ = Noisy
+    with pytest.raises(UserError, match="other log-probabilities each time that it is trained"):
+        check(model, model, tokenizer, questions)
+    assert not model.training
