@@ -81,9 +81,10 @@ def find_fault(model: nn.Module, log_probs: Callable[..., tuple[Tensor, ...]]) -
     """
     # The same completion of the same prompt: alone, beside a longer prompt, and with other tokens
     # after it. Long enough for attention that puts neighbours together (DeepSeek V4), which padding
-    # puts together otherwise.
-    prompt, completion = list(range(1, 14)), [9, 4, 5, 2]
-    longer = [6] * 18
+    # puts together otherwise. The completion is the model's own: of tokens that it finds unlikely,
+    # the rounding of bf16 alone moves the log-probability by whole nats.
+    prompt, longer = list(range(1, 14)), [6] * 18
+    completion = likely_tokens(model, prompt, 4)
     both = pad_rows([(prompt, completion), (longer, completion)])
     alone, beside, before = (
         log_probs(model, *batch)[0][0, :4]
@@ -112,8 +113,19 @@ def find_fault(model: nn.Module, log_probs: Callable[..., tuple[Tensor, ...]]) -
     return ""
 
 
+def likely_tokens(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """What the model finds likeliest after a prompt, one token after the other, without a cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        row = torch.tensor([ids], device=model.device)
+        last = torch.tensor([len(ids) - 1], device=model.device)
+        logits = logits_at(model, row, torch.ones_like(row, dtype=torch.bool), last)
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
 def generation_gap(model: nn.Module, prompts: Tensor, mask: Tensor) -> float:
-    """How far the log-probabilities of `generate` are from those of a pass over the whole text."""
+    """How far `generate` is from a pass over the whole text, in nats, at its own tokens."""
     settings = GenerationConfig(
         max_new_tokens=8, output_logits=True, return_dict_in_generate=True, pad_token_id=1
     )
@@ -128,7 +140,8 @@ def generation_gap(model: nn.Module, prompts: Tensor, mask: Tensor) -> float:
     positions = torch.arange(width - logits.shape[1] - 1, width - 1, device=prompts.device)
     again = logits_at(model, output.sequences, mask, positions)
     gap = logits.float().log_softmax(dim=-1) - again.float().log_softmax(dim=-1)
-    return gap.abs().max().item()
+    chosen = output.sequences[:, -logits.shape[1] :]
+    return gap.gather(-1, chosen.unsqueeze(-1)).abs().max().item()
 
 
 @torch.no_grad()

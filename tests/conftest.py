@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps device and precision for the life of the process; each test begins as a process would."""
+    """Accelerate keeps device and precision for the life of the process; each test leaves it as a process would."""
     from accelerate.state import AcceleratorState
 
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

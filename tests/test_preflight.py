@@ -17,9 +17,9 @@ from support.command_line import parse_config
 from support.config import Config
 from support.data import load_questions, with_prompts
 from support.errors import UserError
-from support.model import load_model
+from support.model import load_model, pad_rows
 from support.policy import Policy
-from support.preflight import check_sampler
+from support.preflight import check_sampler, find_fault
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +245,16 @@ def test_noise_in_the_update_is_said_at_the_start(tokenizer, questions):
     with pytest.raises(UserError, match="other log-probabilities each time that it is trained"):
         check(model, model, tokenizer, questions)
     assert not model.training
+
+
+def test_rounding_alone_refuses_no_model(tokenizer):
+    """In bf16, logits of thousands: of a token that the model finds unlikely its log-probability is off by nats."""
+    model = load_model("tiny/model", "bf16-pure")
+    with torch.no_grad():
+        model.model.norm.weight *= 1000  # as sure of itself as a large model is
+    prompt, unlikely = list(range(1, 14)), [9, 4, 5, 2]
+    rows = (pad_rows([(prompt, unlikely)]), pad_rows([(prompt, unlikely), ([6] * 18, unlikely)]))
+    with torch.no_grad():
+        alone, beside = (sequences_log_probs(model, *batch)[0][0] for batch in rows)
+        assert (alone - beside).abs().max() > 0.5, "rounding must matter, or this compares nothing"
+    assert find_fault(model, sequences_log_probs) == ""
