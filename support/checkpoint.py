@@ -28,7 +28,7 @@ from torch import nn
 
 from support.config import Config, resolve_path
 from support.config_file import read_config_file
-from support.errors import UserError
+from support.errors import UserError, quoted
 
 PREFIX = "checkpoint-"
 SUMS = "SHA256SUMS"
@@ -64,7 +64,7 @@ def refuse_occupied(folder: Path) -> None:
     if any(p.name != ".lock" for p in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty; choose another --run_dir, or continue the run in it with "
-            f"--resume {folder}."
+            f"--resume {quoted(folder)}."
         )
 
 
@@ -114,8 +114,11 @@ def find_model(folder: str) -> str:
 
 
 def verify_model(folder: Path) -> None:
-    """UserError if the folder of a model is a checkpoint of ours, and damaged."""
-    if (folder / SUMS).is_file():
+    """UserError if the folder of a model is a checkpoint of ours, and damaged.
+
+    Other programs write files of the same name, in formats of their own.
+    """
+    if (folder / SUMS).is_file() and (folder / "config.yaml").is_file():
         verify(folder)
 
 
@@ -162,7 +165,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with "
-            f"--resume {run_dir}. Checkpoints that are there: {kept}."
+            f"--resume {quoted(run_dir)}. Checkpoints that are there: {kept}."
         ) from error
     older = [p for p in checkpoints(run_dir) if step_of(p) <= state.step]
     for old in older[: -config.keep_checkpoints]:
@@ -260,9 +263,10 @@ def verify(checkpoint: Path) -> None:
     before = beside[: beside.index(checkpoint)] if checkpoint in beside else []
     whole = next((p.name for p in reversed(before) if find_damage(p) is None), None)
     instead = f"go on from {whole}" if whole else "begin again: there is no whole one before it"
-    raise UserError(
-        f"{checkpoint} is damaged: {reason}; remove it (rm -r {checkpoint}) to {instead}."
-    )
+    advice = f"remove it (rm -r {quoted(checkpoint)}) to {instead}"
+    if not checkpoint.name.startswith(PREFIX):  # moved or copied by somebody
+        advice = "copy it again from its run, or choose another model"
+    raise UserError(f"{checkpoint} is damaged: {reason}; {advice}.")
 
 
 def load_state(checkpoint: Path, config: Config) -> TrainerState:

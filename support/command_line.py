@@ -6,6 +6,7 @@ the flags.
 """
 
 import argparse
+import os
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.hf_argparser import string_to_bool
 from support.checkpoint import checkpoints, find_model
 from support.config import OBJECTIVE_COLUMNS, PRESETS, Config, check_text
 from support.config_file import read_config_file
-from support.errors import UserError, check_choice
+from support.errors import UserError, check_choice, quoted
 from support.foreign_options import explain_foreign_option
 
 Choices = dict[str, typing.Iterable[str]]
@@ -61,6 +62,8 @@ def parse_config(
     given = read_flags(build_parser(description, choices or {}, extra), argv)
     for name in ("config", "resume", *extra):
         check_text(given.get(name) or "", f"--{name}", path=name != "question")
+    for name in PATHS & given.keys():
+        given[name] = given[name] and os.path.expanduser(given[name])  # --model=~/m, say
     if given.get("config") == "":
         raise UserError("--config is empty; give it the config.yaml of a run, or leave it out.")
     resume = run_to_resume(given)
@@ -74,6 +77,7 @@ def parse_config(
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
 
 
+PATHS = {"config", "resume", "base", "model", "run_dir", "dataset", "eval_dataset"}
 CONFIG_FIELDS = {field.name for field in fields(Config)}
 
 
@@ -208,7 +212,8 @@ def parse_run_config(
         argv = [f"--model={newest}", *argv]
     config, others = parse_config(argv, description, choices, **extra)
     if others["resume"]:
-        raise UserError(f"--resume is train.py's; to look at a run say --model {others['resume']}.")
+        run = quoted(others["resume"])
+        raise UserError(f"--resume is train.py's; to look at a run say --model {run}.")
     folder = find_model(config.model)
     saved = Path(folder, "config.yaml")
     others["base"] = others.get("base")

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 
@@ -31,6 +32,11 @@ def check_choice(name: str, options: Iterable[str], what: str, listed: str = "")
     raise UserError(" ".join(filter(None, [f"There is no {what} {name[:80]!r};", guess, every])))
 
 
+def quoted(path: object) -> str:
+    """A path as a shell takes it, for a command that is printed to be copied."""
+    return shlex.quote(str(path))
+
+
 def silence() -> None:
     """From here on what is printed goes nowhere: nobody reads it, and each write would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,16 +56,21 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
+        if hasattr(sys.stdout, "reconfigure"):  # a console of ASCII shows ? where it has no letter
+            sys.stdout.reconfigure(errors="replace")
+        code = 0
         try:
             main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
             print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-            sys.exit(2)
+            code = 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-            sys.exit(130)
+            code = 130
         except BrokenPipeError:  # `python run.py | head`: whoever read has read enough
             silence()
-            sys.exit(141)
+            code = 141
+        if code:  # outside of `except`, where a notebook would show both errors
+            sys.exit(code)
 
     return wrapper

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -34,6 +35,8 @@ def build_accelerator(config: Config) -> Accelerator:
             "runs on any machine (and --device cpu makes this one run without a GPU, slowly)."
         )
     cpu = config.device == "cpu" or not has_cuda
+    # Accelerate keeps both for the life of the process, which may make another run after this one.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
 
 

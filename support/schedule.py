@@ -6,6 +6,7 @@ start_step and skipped, which they set.
 """
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from accelerate.utils import set_seed
 
 from support import checkpoint
 from support.config import Config
-from support.errors import UserError
+from support.errors import UserError, quoted
 from support.evaluation import evaluate
 from support.model import set_learning_rate
 from support.monitor import describe_run, log_line, progress, quiet_progress
@@ -54,7 +55,7 @@ def open_run(
     )
     print(
         f"training {start}in {run.run_dir} on {run.policy.device.type}; watch it: tensorboard "
-        f"--logdir {run.run_dir}"
+        f"--logdir {quoted(run.run_dir)}"
     )
     steps = scheduled_steps(run)
     try:
@@ -68,7 +69,7 @@ def open_run(
     except OSError as error:
         raise UserError(
             f"Cannot write to {run.run_dir}: {error.strerror or error}. Put that right, then go on "
-            f"with --resume {run.run_dir}."
+            f"with --resume {quoted(run.run_dir)}."
         ) from error
     finally:
         steps.close()  # gives the signals back, also after an error
@@ -126,8 +127,8 @@ def scheduled_steps(run: Any) -> Steps:
         raise UserError(
             f"{run.skipped} optimizer steps in a row had no finite loss and gradient (up to step "
             f"{step}); the weights are those from before them. Look for extreme rewards and "
-            f"log-probabilities; go on with --resume {run.run_dir} and a lower --lr, or with "
-            "--precision fp32 where it is bf16."
+            f"log-probabilities; go on with --resume {quoted(run.run_dir)} and a lower --lr, or "
+            "with --precision fp32 where it is bf16."
         )
     say_goodbye(run.run_dir, step)
 
@@ -182,7 +183,7 @@ def save_finished_steps(run: Any, step: int) -> Iterator[None]:
         if not checkpoint.checkpoints(run.run_dir):
             raise
         raise UserError(
-            f"{error} Put that right, then go on with --resume {run.run_dir}."
+            f"{error} Put that right, then go on with --resume {quoted(run.run_dir)}."
         ) from error
 
 
@@ -198,6 +199,9 @@ class Interruption:
         self.came = False
 
     def __enter__(self) -> Any:
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: False  # only the main thread hears of signals
         # Under nohup a terminal may go away, and the run goes on.
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         heard = [s for s in self.SIGNALS if s != signal.SIGHUP or not ignored]
@@ -221,7 +225,8 @@ def say_goodbye(run_dir: Path, step: int) -> None:
     saved = [path.name for path in checkpoint.checkpoints(run_dir)]
     log_line(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
     if saved:
+        folder = quoted(run_dir)
         log_line(
-            f"look: python run.py --model {run_dir}   go on: python train.py --resume {run_dir} "
+            f"look: python run.py --model {folder}   go on: python train.py --resume {folder} "
             f"--steps {2 * step}"
         )

@@ -4,6 +4,7 @@ A row of the table is the flags, the words of the sentence, and what makes the b
 at the end are of what looks like a mistake and works.
 """
 
+import io
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -718,3 +720,64 @@ def test_the_last_of_a_flag_given_twice_counts(tmp_path):
     own = [f"--run_dir={tmp_path}/run", f"--dataset={FEW[0]}"]
     train.main(["--preset=tiny", *SMALL, *own, "--lr=1e-5", "--lr=2e-5"])
     assert "lr: 2.0e-05" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_home_folder_in_a_flag(tmp_path, monkeypatch):
+    """The shell does not expand `--model=~/m`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bundled()(tmp_path)
+    own = ["--model=~/m", f"--dataset={FEW[0]}", "--run_dir=~/run"]
+    train.main(["--preset=tiny", *SMALL, *own])
+    train.main(["--resume=~/run", "--steps=2"])
+    train.main(["--config=~/run/config.yaml", "--run_dir=~/again"])
+    assert (tmp_path / "run" / "checkpoint-2").is_dir() and (
+        tmp_path / "again/checkpoint-1"
+    ).is_dir()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_a_console_without_our_letters(tmp_path, monkeypatch, encoding):
+    """`32 questions × 8 completions`, and whatever a model says."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    train.main(["--preset=tiny", *SMALL, f"--dataset={FEW[0]}", f"--run_dir={tmp_path}/run"])
+    run.main([f"--model={tmp_path}/run", "--device=cpu", "--question=Zoë has 3 × 4 apples 🍎."])
+    console.flush()
+    said = console.buffer.getvalue().decode(encoding)
+    assert "questions" in said and "done with step 1" in said and "apples ?" in said
+
+
+def test_a_run_in_a_thread_and_another_after_it(tmp_path):
+    """As in a notebook: no signals there, and another precision in the same process."""
+    same = ["--preset=tiny", *SMALL, f"--dataset={FEW[0]}"]
+    thread = threading.Thread(target=train.main, args=[[*same, f"--run_dir={tmp_path}/a"]])
+    thread.start()
+    thread.join()
+    train.main([*same, f"--run_dir={tmp_path}/b", "--precision=bf16"])
+    assert all((tmp_path / name / "checkpoint-1").is_dir() for name in "ab")
+
+
+def test_printed_commands_can_be_copied(tmp_path, capsys):
+    """A space in a name: without quotes `rm -r /my runs/…` would remove `/my`."""
+    folder = tmp_path / "my runs"
+    train.main(["--preset=tiny", *SMALL, f"--dataset={FEW[0]}", f"--run_dir={folder}"])
+    said = capsys.readouterr().out
+    assert f"python train.py --resume '{folder}' --steps 2" in said
+    (folder / "checkpoint-1" / "model.safetensors").write_text("x")
+    with pytest.raises(SystemExit):
+        train.main([f"--resume={folder}", "--steps=2"])
+    assert f"(rm -r '{folder}/checkpoint-1')" in capsys.readouterr().err
+
+
+def test_sums_of_another_program_are_not_ours(tmp_path, capsys):
+    """A healthy model with a SHA256SUMS in another format; and a damaged copy of a checkpoint, which is not to be removed."""
+    bundled()(tmp_path)
+    (tmp_path / "m" / "SHA256SUMS").write_text("SHA256 (model.safetensors) = 0123\n")
+    own = [f"--model={tmp_path}/m", f"--dataset={FEW[0]}"]
+    train.main(["--preset=tiny", *SMALL, *own, f"--run_dir={tmp_path}/run"])
+    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").write_text("x")
+    with pytest.raises(SystemExit):
+        evaluate.main([f"--model={tmp_path}/copy"])
+    error = capsys.readouterr().err
+    assert "is damaged" in error and "rm -r" not in error and "copy it again" in error
