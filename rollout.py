@@ -23,7 +23,7 @@ class Completion:
     """What the model answered to one prompt."""
 
     ids: list[int]  # at least one token; the last one is an end token, unless truncated
-    text: str  # decoded, special tokens left out
+    text: str  # decoded, without end and padding tokens
     truncated: bool  # max_new_tokens were used up before an end token came
     log_probs: list[float] | None = None  # of each token, by the sampler; None: greedy
 
@@ -52,14 +52,12 @@ def rollout(
     sampling: Sampling,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Group]:
-    """Sample `group_size` completions for each question.
+    """Sample `group_size` completions for each question: a group for each, in order.
 
     Args:
         model: a causal language model in eval mode. Randomness is torch's global generator.
         questions: with their prompt_ids.
         progress: wraps the loop over batches (a progress bar).
-    Returns:
-        a group for each question, in order.
     """
     prompts = [question.prompt_ids for question in questions for _ in range(group_size)]
     completions = iter(complete(model, tokenizer, prompts, sampling, progress))
@@ -90,5 +88,7 @@ def trim_at_eos(
 ) -> Completion:
     """The tokens up to and including the first end token; after it there is only padding."""
     length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+    # Tags may be special tokens, so only end and padding tokens are left out of the text.
+    shown = [token for token in ids[:length] if token not in (*ends, tokenizer.pad_token_id)]
+    text = tokenizer.decode(shown, skip_special_tokens=False)
     return Completion(ids[:length], text, length is None, log_probs[:length] or None)

@@ -7,6 +7,7 @@
 model that the run started from, unless --base names another. Answers are greedy.
 """
 
+import re
 import shutil
 import textwrap
 from dataclasses import replace
@@ -25,6 +26,8 @@ from support.generation import Sampling
 from support.model import build_accelerator, load_model, load_tokenizer
 from support.preflight import check_model
 
+LABEL = re.compile(r"(reasoning|answer|reward|tokens|said) +")
+
 
 def greedy_answers(name: str, questions: list[Question], config: Config) -> list[Completion]:
     """Greedy answers of the model `name`, which is dropped afterwards: never two in the memory."""
@@ -40,7 +43,8 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
     model.to(accelerator.device)
     greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
     groups = rollout(model, tokenizer, prompted, 1, greedy)
-    return [group.completions[0] for group in groups]
+    answers = [(group.question.opened, group.completions[0]) for group in groups]
+    return [replace(answer, text=opened + answer.text) for opened, answer in answers]
 
 
 def describe(title: str, completion: Completion, reference: str) -> str:
@@ -52,16 +56,22 @@ def describe(title: str, completion: Completion, reference: str) -> str:
         reward = float(is_correct(completion.text, reference))
         lines += [f"reward     {reward:.0f} (reference {reference})"]
     lines += [f"tokens     {len(completion.ids)}{', cut off' if completion.truncated else ''}"]
-    if reasoning is None and answer is None:
+    if reasoning is None or answer is None:
         lines += ["", "said       " + completion.text]
     return "\n".join(lines)
+
+
+def wrap(line: str, column: int) -> list[str]:
+    """A line in pieces; behind a label (`answer     72`) the others are indented."""
+    label = LABEL.match(line)
+    return textwrap.wrap(line, column, subsequent_indent=" " * len(label[0]) if label else "")
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
     """Two texts in two columns that fill `width` characters."""
     column = max(20, (width - 3) // 2)
     wrapped = [
-        [piece for line in text.splitlines() for piece in textwrap.wrap(line, column) or [""]]
+        [piece for line in text.splitlines() for piece in wrap(line, column) or [""]]
         for text in (left, right)
     ]
     height = max(map(len, wrapped))

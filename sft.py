@@ -37,11 +37,12 @@ CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations: 48/2 = <<48/2=24>
 
 
 def target(question: Question) -> str:
-    """The completion to imitate."""
+    """The completion to imitate; without the tag that the prompt has opened already."""
     if "completion" in question.columns:
         return question.columns["completion"]
     solution = CALCULATOR.sub("", question.solution)
-    return f"<think>{solution}</think>\n<answer>{question.reference}</answer>"
+    text = f"<think>{solution}</think>\n<answer>{question.reference}</answer>"
+    return text.removeprefix(question.opened.strip())
 
 
 def example(question: Question, tokenizer: Any, max_new_tokens: int) -> Experience:

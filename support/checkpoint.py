@@ -163,9 +163,11 @@ def save_checkpoint(
     except Exception as error:  # safetensors and torch each have their own for a full disk
         free = shutil.disk_usage(run_dir).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
+        of_the_disk = isinstance(error, OSError) or "os error" in str(error).lower()
+        room = f"; {free:.0f} MB were free); make room" if of_the_disk else "); put that right"
         raise UserError(
-            f"Cannot write {final} ({error}; {free:.0f} MB were free); make room, then go on with "
-            f"--resume {quoted(run_dir)}. Checkpoints that are there: {kept}."
+            f"Cannot write {final} ({error}{room}, then go on with --resume {quoted(run_dir)}. "
+            f"Checkpoints that are there: {kept}."
         ) from error
     older = [p for p in checkpoints(run_dir) if step_of(p) <= state.step]
     for old in older[: -config.keep_checkpoints]:

@@ -7,6 +7,7 @@ reward functions.
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from numbers import Number
 from pathlib import Path
@@ -18,6 +19,8 @@ from support.config import Config, resolve_path
 from support.errors import UserError, is_text
 
 FORMATS = (".jsonl", ".parquet")
+OPENED = re.compile(r"<(think|thinking|thought|reasoning|answer)>\s*\Z")
+TAGS = re.compile(r"</?[a-z]+>")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,16 @@ class Question:
     columns: dict[str, Any] = field(default_factory=dict)  # the row as it was read
     prompt: str = ""
     prompt_ids: list[int] = field(default_factory=list)
+
+    @property
+    def opened(self) -> str:
+        """The tag that the prompt ends with, as some chat templates do (`<think>`), or "".
+
+        It belongs to the completion as rewards and people see it. (TRL shows its rewards what the
+        model has generated, without it.)
+        """
+        found = OPENED.search(self.prompt)
+        return found[0] if found else ""
 
 
 def load_questions(dataset: str, split: str, hub_config: str = "main") -> list[Question]:
@@ -202,6 +215,7 @@ def with_prompts(
     # A chat template writes its own special tokens; a model without one gets those of its
     # tokenizer.
     tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    check_tags(system_prompt, tokenizer)
     fitting = [
         replace(question, prompt=prompt, prompt_ids=ids)
         for question, prompt, ids in zip(questions, prompts, tokens, strict=True)
@@ -218,6 +232,17 @@ def with_prompts(
             f"{min(map(len, tokens))} tokens); raise it."
         )
     return fitting, len(questions) - len(fitting)
+
+
+def check_tags(system_prompt: str, tokenizer: Any) -> None:
+    """UserError if the tags that a system prompt asks for do not survive tokens and decoding."""
+    for tag in dict.fromkeys(TAGS.findall(system_prompt)):
+        ids = tokenizer(f"so {tag} 1", add_special_tokens=False)["input_ids"]
+        if tag not in tokenizer.decode(ids, skip_special_tokens=False):
+            raise UserError(
+                f"--system_prompt asks for {tag}, which this tokenizer cannot write; ask for "
+                "another tag, or choose another model."
+            )
 
 
 def training_questions(config: Config, tokenizer: Any) -> list[Question]:

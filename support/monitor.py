@@ -115,7 +115,7 @@ class Monitor:
             page = completion_page(
                 group.question.question,
                 group.question.reference,
-                completion.text,
+                group.question.opened + completion.text,
                 float(returns),
                 float(advantage),
             )

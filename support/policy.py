@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from support.config import Config
 from support.model import bf16_copy, copy_weights, load_model
-from support.preflight import check_model
+from support.preflight import check_model, check_saving
 from support.shared_prompts import share_prompts, shared_log_probs
 
 LogProbs = Callable[..., tuple[Tensor, ...]]
@@ -80,6 +80,7 @@ def load_policies(
     name, precision = config.model, config.precision
     model = load_model(checkpoint or name, precision, config.gradient_checkpointing)
     check_model(model, tokenizer, config, log_probs)
+    check_saving(model, tokenizer, name)
     models = [model, load_model(name, precision)] if with_reference else [model]
     longest = config.max_prompt_tokens + config.max_new_tokens
     shared = partial(shared_log_probs, token_log_probs=token_log_probs)

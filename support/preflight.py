@@ -3,6 +3,7 @@
 What belongs to the algorithm (log-probabilities, sampling) is handed in.
 """
 
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -111,6 +112,21 @@ def find_fault(model: nn.Module, log_probs: Callable[..., tuple[Tensor, ...]]) -
             "attention model"
         )
     return ""
+
+
+def check_saving(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """UserError for a model that could be trained and then not be saved; tried without weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # transformers raises many kinds for settings that it refuses
+            raise UserError(
+                f"{name} could be trained, but not saved ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); mend its generation_config.json, "
+                "config.json or tokenizer first."
+            ) from error
 
 
 def likely_tokens(model: nn.Module, prompt: list[int], count: int) -> list[int]:

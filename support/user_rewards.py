@@ -178,7 +178,8 @@ def reward_arguments(
 ) -> tuple[list[str], list[str], dict[str, Any]]:
     """What a reward function is given of groups: prompts, completions, and columns by name.
 
-    The columns are those of the dataset, `reference`, `completion_ids` and `max_new_tokens`.
+    The columns are those of the dataset, `reference`, `completion_ids` and `max_new_tokens`. A
+    completion begins with the tag that its prompt has opened, if it has opened one.
     """
     pairs = [(group.question, completion) for group in groups for completion in group.completions]
     names = {name for group in groups for name in group.question.columns}
@@ -190,7 +191,8 @@ def reward_arguments(
     columns["completion_ids"] = [completion.ids for _, completion in pairs]
     columns["max_new_tokens"] = max_new_tokens
     prompts = [question.prompt for question, _ in pairs]
-    return prompts, [completion.text for _, completion in pairs], columns
+    texts = [question.opened + completion.text for question, completion in pairs]
+    return prompts, texts, columns
 
 
 def call_function(

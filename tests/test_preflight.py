@@ -258,3 +258,17 @@ def test_rounding_alone_refuses_no_model(tokenizer):
         alone, beside = (sequences_log_probs(model, *batch)[0][0] for batch in rows)
         assert (alone - beside).abs().max() > 0.5, "rounding must matter, or this compares nothing"
     assert find_fault(model, sequences_log_probs) == ""
+
+
+def test_a_model_that_cannot_be_saved_is_said_at_the_start(tmp_path, monkeypatch, capsys):
+    """Not after a night of training; transformers 5.17 refuses some generation configs only then."""
+
+    def refuse(self, *arguments, **settings):
+        raise ValueError("The generation config instance is invalid: temperature without do_sample")
+
+    monkeypatch.setattr("transformers.GenerationConfig.save_pretrained", refuse)
+    with pytest.raises(SystemExit):
+        train.main(["--preset=tiny", "--device=cpu", f"--run_dir={tmp_path}/run"])
+    error = capsys.readouterr().err
+    assert "could be trained, but not saved (ValueError: The generation config" in error
+    assert "generation_config.json" in error and not list(tmp_path.iterdir())
