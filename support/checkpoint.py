@@ -28,7 +28,7 @@ from torch import nn
 
 from support.config import Config, resolve_path
 from support.config_file import read_config_file
-from support.errors import UserError, quoted
+from support.errors import UserError, is_of_the_disk, quoted
 
 PREFIX = "checkpoint-"
 SUMS = "SHA256SUMS"
@@ -163,8 +163,9 @@ def save_checkpoint(
     except Exception as error:  # safetensors and torch each have their own for a full disk
         free = shutil.disk_usage(run_dir).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
-        of_the_disk = isinstance(error, OSError) or "os error" in str(error).lower()
-        room = f"; {free:.0f} MB were free); make room" if of_the_disk else "); put that right"
+        room = "); put that right"
+        if is_of_the_disk(error):
+            room = f"; {free:.0f} MB were free); make room"
         raise UserError(
             f"Cannot write {final} ({error}{room}, then go on with --resume {quoted(run_dir)}. "
             f"Checkpoints that are there: {kept}."

@@ -37,6 +37,11 @@ def quoted(path: object) -> str:
     return shlex.quote(str(path))
 
 
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether a disk is the cause; safetensors and tokenizers have no OSError for that."""
+    return isinstance(error, OSError) or "os error" in str(error).lower()
+
+
 def silence() -> None:
     """From here on what is printed goes nowhere: nobody reads it, and each write would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

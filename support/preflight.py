@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from support.config import Config
 from support.data import Question
-from support.errors import UserError
+from support.errors import UserError, is_of_the_disk
 from support.generation import Sampling, replaced_generation_config
 from support.model import logits_at, pad_rows
 
@@ -122,6 +122,8 @@ def check_saving(model: nn.Module, tokenizer: Any, name: str) -> None:
             model.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except Exception as error:  # transformers raises many kinds for settings that it refuses
+            if is_of_the_disk(error):  # which says nothing of the model
+                return
             raise UserError(
                 f"{name} could be trained, but not saved ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}); mend its generation_config.json, "
