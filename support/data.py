@@ -20,6 +20,7 @@ from support.errors import UserError, is_text
 
 FORMATS = (".jsonl", ".parquet")
 OPENED = re.compile(r"<(think|thinking|thought|reasoning|answer)>\s*\Z")
+NO_LETTERS = re.compile(r"[\W_]+")
 TAGS = re.compile(r"</?[a-z]+>")
 
 
@@ -261,27 +262,40 @@ def training_questions(config: Config, tokenizer: Any) -> list[Question]:
 def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
     """The text that the completion continues, from the model's chat template.
 
-    Templates that know no system role get the system prompt in front of the question. Without a
-    chat template the prompt is the system prompt, the question and the word "Answer:", each in a
-    paragraph of its own.
+    Templates that know no system role, or leave it out, get the system prompt in front of the
+    question. Without a chat template the prompt is the system prompt, the question and the word
+    "Answer:", each in a paragraph of its own.
     """
     if not tokenizer.chat_template:
-        return "\n\n".join(
-            part for part in (system_prompt, f"Question: {question}", "Answer:") if part
-        )
+        parts = (system_prompt, f"Question: {question}", "Answer:")
+        return "\n\n".join(part for part in parts if part)
     user = {"role": "user", "content": question}
     messages = [{"role": "system", "content": system_prompt}, user] if system_prompt else [user]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if holds(prompt, question) and holds(prompt, system_prompt):
+            return prompt
     except Exception:  # a template raises what it likes
-        user = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
+        pass
+    user = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
     try:
-        return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     except Exception as error:
         raise UserError(
             f"The chat template of the model cannot be used ({error}); mend its "
             "chat_template.jinja, or remove it to go without one."
         ) from error
+    if not (holds(prompt, question) and holds(prompt, system_prompt)):
+        raise UserError(
+            f"The chat template of the model drops the question: it makes {prompt[:200]!r} of "
+            f"{question[:80]!r}; mend its chat_template.jinja, or remove it to go without one."
+        )
+    return prompt
+
+
+def holds(prompt: str, text: str) -> bool:
+    """Whether a prompt has the letters and digits of a text, in order; templates trim and escape."""
+    return NO_LETTERS.sub("", text) in NO_LETTERS.sub("", prompt)
 
 
 class QuestionStream:

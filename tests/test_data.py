@@ -136,6 +136,22 @@ def test_prompts_of_other_templates(tokenizer):
         assert build_prompt("Q", tokenizer, "S") == "[S\n\nQ]", (
             "no system role: in front of the question"
         )
+        no_system = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content | trim }}]{% endif %}{% endfor %}"
+        tokenizer.chat_template = no_system
+        assert build_prompt("How many?", tokenizer, "Be <b>.") == "[Be <b>.\n\nHow many?]", (
+            "left out"
+        )
+        assert build_prompt("How many?", tokenizer, "") == "[How many?]"
+        for drops in (
+            "{{ messages[0].value }}<assistant>",
+            "{{ messages[-1].content[0].text }}:",
+            "Hello!",
+        ):
+            tokenizer.chat_template = drops
+            with pytest.raises(
+                UserError, match="The chat template of the model drops the question"
+            ):
+                build_prompt("How many?", tokenizer, "S")
         tokenizer.chat_template = None
         assert build_prompt("Q", tokenizer, "S") == "S\n\nQuestion: Q\n\nAnswer:"
     finally:

@@ -419,7 +419,7 @@ MODELS: list[Bad] = [
     (M, "The chat template of the model cannot be used (unexpected", bundled(chat_template__jinja="{% for")),
     (M, "cannot be used ('x' is undefined); mend its chat_template.jinja", bundled(chat_template__jinja="{{ x.y.z }}")),
     (M, "cannot be used (unsupported operand", bundled(chat_template__jinja="{{ 1 + messages }}")),
-    (M, "Every prompt is empty", bundled(chat_template__jinja="{{ '' }}")),
+    (M, "The chat template of the model drops the question: it makes '' of", bundled(chat_template__jinja="{{ '' }}")),
     (M, "is an encoder (BertForMaskedLM); choose a causal language model.", architecture("BertForMaskedLM", **BERT)),
     (M, "looks at the tokens that come after, as an encoder does",
      files(architecture("BertForMaskedLM", 0.5, **BERT), renamed("BertLMHeadModel"))),

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FEW, ROOT
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -268,7 +268,8 @@ def test_a_model_that_cannot_be_saved_is_said_at_the_start(tmp_path, monkeypatch
 
     monkeypatch.setattr("transformers.GenerationConfig.save_pretrained", refuse)
     with pytest.raises(SystemExit):
-        train.main(["--preset=tiny", "--device=cpu", f"--run_dir={tmp_path}/run"])
+        own = [f"--dataset={FEW[0]}", f"--run_dir={tmp_path}/run"]
+        train.main(["--preset=tiny", "--device=cpu", *own])
     error = capsys.readouterr().err
     assert "could be trained, but not saved (ValueError: The generation config" in error
     assert "generation_config.json" in error and not list(tmp_path.iterdir())
