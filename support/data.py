@@ -294,7 +294,7 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
 
 
 def holds(prompt: str, text: str) -> bool:
-    """Whether a prompt has the letters and digits of a text, in order; templates trim and escape."""
+    """Whether a prompt has the letters and digits of a text, in order. Templates trim, escape."""
     return NO_LETTERS.sub("", text) in NO_LETTERS.sub("", prompt)
 
 
