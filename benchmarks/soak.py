@@ -176,10 +176,11 @@ def main(argv: list[str]) -> None:
     args = read_flags(argv)
     with tempfile.TemporaryDirectory() as folder:
         readings, code, output = soak(args.minutes, Path(folder))
-    if len(readings) < 40 or code:
-        raise UserError(
-            f"The run ended with exit code {code} after {len(readings)} readings: {output[-800:]}"
-        )
+    if code:
+        raise UserError(f"The run ended with exit code {code}: {output[-800:]}")
+    steps = len({reading["step"] for reading in readings[len(readings) // 2 :]})
+    if steps < 60:  # a slope of 20 blocks needs a few steps in each
+        raise UserError(f"The second half had {steps} steps, too few for a slope: more --minutes.")
     bars = output.count("\r")
     if not report(readings, code, argv, args.out) or bars:
         raise UserError(
