@@ -192,6 +192,7 @@ class GRPOLoss(nn.Module):
         Returns:
             the loss, a scalar to be added up over micro-batches; and metrics as (sum, count).
         """
+        assert weights.dim() == batch.advantages.dim() == 1, "a number for each sequence: (B,)"
         mask, now = batch.action_mask, log_probs.detach()
         # Padding may hold anything: `where`, not a product with the mask, since 0 × inf is NaN.
         old = now if batch.action_log_probs is None else batch.action_log_probs

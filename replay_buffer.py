@@ -98,7 +98,7 @@ class ReplayBuffer:
 
     def fill(self, experiences: list[Experience], returns: Tensor, advantages: Tensor) -> None:
         """Forget everything, and keep N experiences with their returns and advantages, (N,)."""
-        assert all(e.sequences.dim() == 1 for e in experiences), "single ones, without padding"
+        assert advantages.dim() == 1 and all(e.sequences.dim() == 1 for e in experiences), "(N,)"
         rows = zip(experiences, returns, advantages, strict=True)
         self.items = [replace(e, returns=r, advantages=a) for e, r, a in rows]
 

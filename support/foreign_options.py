@@ -13,6 +13,10 @@ TUTORIAL = {
         "completion tokens alone; --max_prompt_tokens are those of the prompt",
     ),
     "model_name": ("--model", ""),
+    "gsm8k_path": ("--dataset", ""),
+    "clip_epsilon": ("--clip_eps", ""),
+    "grpo_epochs": ("--epochs_per_step", ""),
+    "use_group_normalization": ("--advantage_std", "group or none"),
     "checkpoint_path": ("--run_dir", ""),
     "device_index": ("--device", "cuda, cpu or auto; CUDA_VISIBLE_DEVICES chooses the card"),
 }
@@ -99,7 +103,7 @@ VERL = {
     "kl_coef": ("--kl_weight", "with --kl_in_reward"),
     "use_kl_loss": ("--kl_weight", "0 is no KL"),
     "kl_loss_type": ("--kl_estimator", ""),
-    "kl_penalty": ("--kl_estimator", "with --kl_in_reward"),
+    "kl_penalty": ("--kl_estimator", "with --kl_in_reward; a number is --kl_weight"),
     "use_kl_in_reward": ("--kl_in_reward", ""),
     "entropy_coeff": ("--entropy_weight", ""),
     "norm_adv_by_std_in_grpo": ("--advantage_std", "group or none"),
@@ -142,11 +146,14 @@ DRAWN = "tokens are drawn from softmax(logits / --temperature), as they are trai
 ABSENT = {
     **dict.fromkeys(("use_vllm", "vllm_mode", "rollout.name"), GENERATE),
     **dict.fromkeys(("top_k", "min_p", "repetition_penalty"), DRAWN),
-    **dict.fromkeys(("gamma", "lam", "vf_coef", "cliprange_value"), "GRPO has no value function"),
+    **dict.fromkeys(
+        ("gamma", "lam", "vf_coef", "cliprange_value", "critic_warmup"),
+        "GRPO has no value function",
+    ),
     **dict.fromkeys(("use_peft", "lora_r", "lora_rank", "lora_alpha"), "all weights are trained"),
     **dict.fromkeys(("deepspeed", "fsdp", "n_gpus_per_node", "nnodes"), "a run has one device"),
     **dict.fromkeys(
-        ("report_to", "logging_steps", "wandb", "wandb_project"),
+        ("report_to", "logging_steps", "wandb", "wandb_project", "logger"),
         "each step goes to TensorBoard and to a file",
     ),
 }

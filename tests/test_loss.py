@@ -262,3 +262,14 @@ def test_the_papers_loss_needs_no_table():
     assert torch.equal(loss, GRPOLoss()(log_probs, e, weights)[0])
     slow = slow_loss(log_probs, e, "seq-mean-token-mean", 0.2, 0.2, 0.01)
     assert loss.item() == pytest.approx(slow.item(), rel=1e-6)
+
+
+def test_columns_of_advantages_or_weights_are_refused():
+    """The tutorial's (B, 1) would be broadcast to (B, B, C): another loss, without a word."""
+    log_probs, e = make_batch()
+    weights = torch.ones(4)
+    with pytest.raises(AssertionError, match="a number for each sequence"):
+        grpo()(log_probs, e, weights[:, None])
+    column = Experience(**{**vars(e), "advantages": e.advantages[:, None]})
+    with pytest.raises(AssertionError, match="a number for each sequence"):
+        grpo()(log_probs, column, weights)
