@@ -1,8 +1,9 @@
 """From logits to the loss: log-probabilities, advantages, ratio, clip, KL, mean. The paper's GRPO.
 
-The paper is DeepSeekMath, arXiv 2402.03300. What the other 16 methods change is in objectives/.
+The paper is DeepSeekMath, arXiv 2402.03300. What other methods change is in objectives/.
 Shapes: Q questions with G completions each; B sequences; P prompt and C completion tokens; V tokens
-in the vocabulary. π is the policy, π_old the policy that sampled, π_ref the frozen reference.
+in the vocabulary. π is the policy, π_old the policy that sampled, π_ref the frozen reference; ε is
+`clip_eps`, β is `kl_weight`.
 
     advantage of a completion   A = (R - mean(R)) / (std(R) + 1e-4)   in its group, section 4.1.2
     ratio of a token            r = π / π_old
@@ -10,8 +11,10 @@ in the vocabulary. π is the policy, π_old the policy that sampled, π_ref the 
     KL estimate                 k3 = π_ref / π - log(π_ref / π) - 1   equation 4
     loss                        mean over sequences of (mean over tokens of (policy term + β k3))
 
-While the policy is still the one that sampled, r is 1. The advantages of a group add up to 0, so
-the policy term has the value 0 then; its gradient, -A ∇ log π, is not 0.
+While the policy is still the one that sampled, r is 1 and the policy term of a token is -A. The
+advantages of a group add up to 0, so the mean over whole groups is 0; the gradient, -A ∇ log π, is
+not. π_old is computed by this file before the first update (`action_log_probs`); what the sampler
+computed (`sampler_log_probs`) is only compared with it.
 
 Departures from the paper: a group of equal rewards has advantages of exactly 0; log r is clamped to
 ±20 and k3 to 10 (verl's limits), so that no input gives an infinity; and the mean is one weight for
@@ -51,7 +54,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple
     Args:
         logits: float (N, V); tokens: int64 (N,); temperature: what the sampler divides logits by.
     Returns:
-        two times float32 (N,), in nats; the entropy has no gradient.
+        two times float32 (N,), in nats; the entropy has no gradient (in objectives/ it has).
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     log_probs = torch.log_softmax(logits, dim=-1)
@@ -127,7 +130,7 @@ def approx_kl_divergence(log_probs: Tensor, log_probs_ref: Tensor) -> Tensor:
 
 
 class GRPOLoss(nn.Module):
-    """The clipped objective with a KL penalty. The methods in objectives/ replace parts of it."""
+    """The clipped objective with a KL penalty. Some arguments are there for objectives/ alone."""
 
     entropy_bonus = 0.0  # weight of the entropy, which the paper does not use
 
@@ -146,7 +149,7 @@ class GRPOLoss(nn.Module):
         return group_advantages(returns)
 
     def token_weights(self, lengths: list[int], max_new_tokens: int) -> Tensor:
-        """Mean over the tokens of a sequence, then over all N, as a weight of each token: (N,).
+        """Mean over the tokens of a sequence, then over all N: the weight of a token of each, (N,).
 
         Args:
             lengths: of all completions of the optimizer step; an empty one does not count.
@@ -167,7 +170,7 @@ class GRPOLoss(nn.Module):
         ratio = bounded_exp(log_ratio)
         too_high = (advantages > 0) & (ratio > 1 + self.clip_eps)
         too_low = (advantages < 0) & (ratio < 1 - self.clip_eps)
-        return too_high | too_low | (advantages != 0) & (log_ratio.abs() > LOG_RATIO_LIMIT)
+        return too_high | too_low | ((advantages != 0) & (log_ratio.abs() > LOG_RATIO_LIMIT))
 
     def kl(self, log_probs: Tensor, old: Tensor, batch: Experience) -> Tensor:
         """The KL to the reference at each token, (B, C)."""

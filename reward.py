@@ -5,9 +5,10 @@ Every reward function, built in or yours, has the signature of TRL's for plain-t
     def my_reward(prompts: list[str], completions: list[str], **columns) -> list[float | None]
 
 `columns` holds a list for every column of the dataset, and also `reference` (the final answers),
-`completion_ids` (token ids) and `max_new_tokens`. None means "cannot be scored": that completion
-takes no part in its group. How answers are read is in support/answers.py; how a function of your
-own is loaded, timed and, if it fails, reported, in support/user_rewards.py.
+`completion_ids` (token ids) and `max_new_tokens`. None means "cannot be scored": it counts as 0 in
+the weighted sum. A completion that no function can score is neither compared nor trained. How
+answers are read is in support/answers.py; how a function of your own is loaded, timed and, if it
+fails, reported, in support/user_rewards.py.
 """
 
 from dataclasses import replace

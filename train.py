@@ -7,9 +7,12 @@
 
 Read `train` first: its loop is algorithm 1 of the paper (DeepSeekMath, arXiv 2402.03300). Each step
 goes through rollout.py (completions), reward.py (rewards), loss.py (log-probabilities, advantages,
-loss) and replay_buffer.py (batches). What other methods change is in objectives/; what keeps a long
-run safe is in support/. If you come from the tiny-grpo tutorial, TRL or verl: docs/names.md has the
-names that you know beside ours.
+loss) and replay_buffer.py (batches). The words: the *policy* is the model that is trained; a
+*rollout*, a group of completions for each of several questions; an *action*, a sampled token; a
+*return*, the weighted sum of a completion's rewards; a *mini-batch*, what one optimizer step trains
+on, in *micro-batches* that fit the memory; a *step*, a rollout and its optimizer steps. What other
+methods change is in objectives/; what keeps a long run safe is in support/. docs/names.md has the
+names that you know from the tiny-grpo tutorial, TRL or verl beside ours.
 """
 
 from collections.abc import Iterator
@@ -81,7 +84,7 @@ def train(trainer: Trainer, steps: Iterator[tuple[int, torch.Generator]]) -> Non
     config, objective, monitor = trainer.config, trainer.objective, trainer.monitor
     replay_buffer = ReplayBuffer()
     for step, generator in steps:
-        with save_finished_steps(trainer, step - 1):
+        with save_finished_steps(trainer, step - 1):  # if this one cannot be finished
             # Sample a group of completions for each question, and score each completion.
             groups = sample_and_score(trainer, config.rollouts_per_step)
             if objective.dynamic_sampling > 1:
@@ -101,8 +104,8 @@ def train(trainer: Trainer, steps: Iterator[tuple[int, torch.Generator]]) -> Non
             advantages = trainer.loss.advantages(returns, rewards, config.reward_weights)
             monitor.add_all(metrics.of_advantages(returns, advantages))
             monitor.show_completions(groups[0], advantages[0], step, config.log_completions)
-            chosen = returns.flatten()[trained], advantages.flatten()[trained]
-            replay_buffer.fill(experiences, *chosen)
+            compared = (values.flatten()[trained] for values in (returns, advantages))
+            replay_buffer.fill(experiences, *compared)
 
         # Make the tokens of better completions likelier, those of worse ones less likely.
         size, epochs = config.train_batch_size, config.epochs_per_step
@@ -128,7 +131,8 @@ def add_log_probs(trainer: Trainer, groups: list[Group], trained: list[int]) -> 
     """The completions that are trained, with the log-probabilities that the loss compares.
 
     With one optimizer step for each rollout, the policy that is trained is the one that sampled:
-    the ratio is 1, and its old log-probabilities are not needed.
+    the ratio is 1, and its old log-probabilities are not needed. `trained` are places, question × G
+    + completion; what no reward could score is not among them.
     """
     objective, passes = trainer.objective, []
     if trainer.config.optimizer_steps > 1 or objective.needs_policy_pass:
@@ -136,7 +140,7 @@ def add_log_probs(trainer: Trainer, groups: list[Group], trained: list[int]) -> 
     if objective.needs_reference_pass:
         passes.append((trainer.reference, ["log_probs_ref"]))
     experiences = [experience for group in groups for experience in group.experiences]
-    if not objective.subtracts_kl:  # else those of all completions are needed
+    if not objective.subtracts_kl:  # else every completion's KL is needed, to compare returns
         experiences = [experiences[i] for i in trained]
     with trainer.monitor.time("time/log_probs"):
         for policy, names in passes:
@@ -163,9 +167,9 @@ def policy_pass(
 def update(trainer: Trainer, mini_batch: list[Experience]) -> None:
     """One optimizer step: add up the gradients of the micro-batches, clip, step.
 
-    The weight of a token is that of the whole mini-batch, so neither the size nor the order of
-    micro-batches changes the sum; nor does leaving out completions that have no gradient. A step
-    whose loss or gradient is not finite is skipped.
+    The weight of each token is computed once, from all completions of the mini-batch. So neither
+    the size nor the order of micro-batches changes the sum; nor does leaving out completions that
+    have no gradient. A step whose loss or gradient is not finite is skipped.
     """
     policy, loss, monitor = trainer.policy, trainer.loss, trainer.monitor
     lengths = [e.num_actions for e in mini_batch]
@@ -179,7 +183,7 @@ def update(trainer: Trainer, mini_batch: list[Experience]) -> None:
     pairs = [pairs[i] for i in order_by_prompt([e for e, _ in pairs])]
     reference = trainer.reference if trainer.objective.needs_exact_kl else None
     policy.train()
-    add_up = partial(add_gradients, policy, reference, loss, pairs)
+    add_up = partial(add_gradients, policy, reference, loss, pairs)  # of a size that fits
     total, entropy, found = trainer.micro_batch.halve_on_oom(add_up)
     policy.eval()
     tokens = sum(e.num_actions for e, _ in pairs)
@@ -231,20 +235,11 @@ def build(config: Config, resume: str | None) -> Trainer:
     held_out = held_out_questions(config, tokenizer) if config.eval_interval else []
     functions, has_kl = equations.log_prob_functions(objective), objective.kl_weight > 0
     policy, reference = load_policies(config, saved, tokenizer, accelerator, has_kl, *functions)
-    trainer = Trainer(
-        config,
-        tokenizer,
-        policy,
-        reference,
-        objective,
-        equations.build_loss(objective),
-        build_optimizer(policy.model, config),
-        rewards,
-        QuestionStream(questions, config.seed),
-        held_out,
-        Monitor(alarms_for(objective.ratio_level, config.top_p)),
-        MicroBatch(config.micro_batch),
-    )
+    loss, optimizer = equations.build_loss(objective), build_optimizer(policy.model, config)
+    models = config, tokenizer, policy, reference, objective, loss, optimizer
+    data = rewards, QuestionStream(questions, config.seed), held_out
+    monitor = Monitor(alarms_for(objective.ratio_level, config.top_p))
+    trainer = Trainer(*models, *data, monitor, MicroBatch(config.micro_batch))
     restore(trainer, state)
     check_sampler(trainer.sample, policy, pad_batch, questions, config)
     return trainer

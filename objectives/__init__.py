@@ -1,1 +1,1 @@
-"""The other 16 methods of the GRPO family, as differences from loss.py."""
+"""The other methods of the GRPO family, as differences from loss.py."""

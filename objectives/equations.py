@@ -1,4 +1,4 @@
-"""What the other 16 methods put in the place of parts of `GRPOLoss`: short equations, by name.
+"""What other methods put in the place of parts of `GRPOLoss`: short equations, by name.
 
 Each choice of table.py that has an equation is a name in one of five dictionaries (ADVANTAGES,
 RATIO_LEVELS, SURROGATES, TOKEN_WEIGHTS, KL_ESTIMATORS). `ObjectiveLoss`, at the end, looks up the
@@ -146,8 +146,8 @@ RATIO_LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 # ------------------------------------------------------------------------------------- surrogates
-# The loss of each token, (B, C), of what stands for l, of log π, of A, of the mask and of the row.
-# In the padding may stand anything.
+# The loss of each token, (B, C), of five arguments: what stands for l, float (B, C); log π, float
+# (B, C); A, float (B, 1); the mask, bool (B, C); and the row. The padding may hold anything.
 
 
 def clip(
@@ -389,7 +389,7 @@ class ObjectiveLoss(GRPOLoss):
         return losses if batch.policy_mask is None else losses * batch.policy_mask
 
     def clipped_tokens(self, log_probs: Tensor, old: Tensor, batch: Experience) -> Tensor:
-        """The tokens that have an advantage and, under this surrogate, no gradient."""
+        """The tokens that have an advantage and no gradient, whatever the surrogate is."""
         mask = batch.action_mask
         if batch.action_log_probs is None:  # on-policy every ratio is 1, and nothing is clipped
             return torch.zeros_like(mask)

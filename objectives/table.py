@@ -1,9 +1,11 @@
-"""The 17 methods, one row each: where they differ from the paper's GRPO; and what is refused.
+"""The methods, one row each: where they differ from the paper's GRPO; and what is refused.
 
 A row is an `Objective`; what it does not state is the paper's GRPO (DeepSeekMath, arXiv 2402.03300,
 with the tutorial's β), which loss.py computes alone. Every column is an option of the command line
-too, which replaces the row's choice. A column whose choices have equations names them here, and
-equations.py has one short function for each. A new method is a row, or a row and one function.
+too, which replaces the row's choice. To add a method, add a row. If it needs a new equation: its
+name to CHOICES, one short function to equations.py and to the dictionary of that column there; and,
+if the combination with another column means nothing, a sentence to a check below. A new column is a
+field of `Objective` and an option of the same name in support/config.py.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -11,6 +13,7 @@ from typing import Any
 
 from support.errors import UserError, check_choice
 
+# The names that each column takes; equations.py has the equations (tests compare the two).
 CHOICES: dict[str, tuple[str, ...]] = {
     "advantage": ("group", "leave-one-out", "pass-at-k", "raw"),
     "advantage_std": ("group", "batch", "none"),
@@ -252,8 +255,8 @@ def check_objective(objective: Objective, given: set[str]) -> str | None:
 
 def check_policy_term(o: Objective, given: set[str]) -> str | None:
     """Ratio, surrogate, clip and mean."""
-    clips = o.surrogate in ("clip", "cispo", "gmpo", "dppo")
-    if {"clip_eps", "clip_eps_high"} & given and not clips:
+    uses_clip_eps = o.surrogate in ("clip", "cispo", "gmpo", "dppo")
+    if {"clip_eps", "clip_eps_high"} & given and not uses_clip_eps:
         return f"--surrogate {o.surrogate} does not clip; leave out --clip_eps and --clip_eps_high."
     if o.clip_ratio_c is not None and o.surrogate != "clip":
         return f"--clip_ratio_c belongs to --surrogate clip, not to {o.surrogate}; leave it out."
