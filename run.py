@@ -19,12 +19,13 @@ from support.answers import find_answer, find_reasoning, is_correct
 from support.checkpoint import find_model
 from support.command_line import parse_run_config
 from support.config import Config
-from support.data import Question, with_prompts
+from support.data import Question
 from support.errors import UserError, command
 from support.evaluation import held_out_questions
 from support.generation import Sampling
 from support.model import build_accelerator, load_model, load_tokenizer
 from support.preflight import check_model
+from support.prompts import with_prompts
 
 LABEL = re.compile(r"(reasoning|answer|reward|tokens|said) +")
 
@@ -49,11 +50,12 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
 
 def describe(title: str, completion: Completion, reference: str) -> str:
     """One model's answer: its reasoning, its answer, and the reward where there is a reference."""
-    reasoning, answer = find_reasoning(completion.text), find_answer(completion.text)
+    reasoning = find_reasoning(completion.text)
+    answer = find_answer(completion.text, completion.truncated)
     lines = [title, "", f"reasoning  {reasoning if reasoning is not None else '(no <think> tag)'}"]
     lines += [f"answer     {answer if answer is not None else '(no <answer> tag)'}"]
     if reference:
-        reward = float(is_correct(completion.text, reference))
+        reward = float(is_correct(completion.text, reference, completion.truncated))
         lines += [f"reward     {reward:.0f} (reference {reference})"]
     lines += [f"tokens     {len(completion.ids)}{', cut off' if completion.truncated else ''}"]
     if reasoning is None or answer is None:

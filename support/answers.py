@@ -1,116 +1,131 @@
 """Find an answer in a completion, and read it as a person does: `$1,000.00` is 1000.
 
-A reward is paid for what is read here. So this says what counts, and nothing else does: an answer
-is written plainly (PLAINER); what stands behind its last equals sign must be one number with words
-around it (STATES); and none of the words may change what the number means (CHANGES). When in doubt
-it reads nothing: a right answer that is missed costs a little, a wrong one that is paid is what the
-model will learn to write.
+A reward is paid for what is read here. So this says what counts, and nothing else does. An answer
+is either one number with words around it (STATES), perhaps behind an equals sign; or a sentence
+that ends in an equation which is true (`She makes 9 * 2 = $18 every day`, support/equation.py). No
+word may change what the number means (CHANGES), and a unit must be that of the reference
+(support/units.py). When in doubt it reads nothing: a right answer that is missed costs a little, a
+wrong one that is paid is what the model will learn to write.
 """
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
-LONGEST_ANSWER = 200  # characters; more than that is an essay
+from support.equation import conclusion
+from support.plain_text import CHARACTERS, plain
+from support.units import Unit, factor, read_unit
+from support.words import ANOTHER_NUMBER, CHANGES, HAN, WORDS, keep_its_meaning
 
-CHARACTERS = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "’": "'", "⁄": "/", "×": "*", "≈": " ",
-    "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3",
-    "\u200b": "", "\u200e": "", "\u200f": "", "\ufeff": "",
-})  # fmt: skip
-# Other ways of writing the same, mostly LaTeX's, and the plain way; in this order.
-PLAINER = [(re.compile(pattern), plain_way) for pattern, plain_way in (
-    (r"n't\b", " not"),
-    (r"(^|= ?)(?:[Mm]inus|[Nn]egative) (?=\d)", r"\1-"),
-    (r"\\(?=[%$#])", ""),
-    (r"\{,\}|,\\!", ","),
-    (r"(?<![\d.,/])(\d{1,3})(?: |\\,)(?=\d{3}(?!\d| ?/))", r"\1"),
-    (r"\*\*([^*]*)\*\*(?!\w)", r" \1 "),
-    (r"\^ ?\{? ?\\circ ?\}?|\\degree\b", "°"),
-    (r"((?<![\w)])-|)\\[dt]?frac ?(?:\{(-?\d+)\} ?\{(\d+)\}|(\d) ?(\d))", r" \1\2\4/\3\5 "),
-    (r"(?<=\d) *(?:\*|x|\\times|\\cdot) *(?=\d)", "*"),
-    (r"(?<=\d)\*10\^ ?(?:(\d)|\{ ?(-?\d{1,3}) ?\})(?!\d)", r"e\1\2 "),
-    (r"\\(?:(?:text|math)(?:bf|rm|it)?|boxed|approx|q?quad|left|right|displaystyle)(?![a-z])", " "),
-    (r"\\[,;: ()\[\]]|[{}]|(?<!~)~(?!~)", " "),
-    (r"(?<!\d)(?:\bUS)?[$€£¥₹] ?|[$€£¥₹元](?!\d)", ""),
-    (r"(?<=\d) ?(?:min\b|left over\b|(?:square|cubic) (?=[a-z]))", " "),  # but `min 72` is a bound
-)]  # fmt: skip
+LONGEST_ANSWER = 320  # characters; more than that is an essay
 
+TAG = re.compile(r"<[ \t]{0,3}(/?)[ \t]{0,3}(answer|think)[ \t]{0,3}>", re.IGNORECASE)
 NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+LETTER = f"A-Za-z{HAN}"
 HYPHEN = r"(?<=[A-Za-z])-(?=[A-Za-z])"
 # Not x72, nor (2)72.
-BEFORE = rf"(?P<before>(?:[A-Za-z ,.:;!'\"`#)\]]|(?<![A-Za-z])[(\[]|{HYPHEN})*)(?<![A-Za-z.,!)\]])"
+BEFORE = (
+    rf"(?P<before>(?:[{LETTER} ,.:;!'\"`#)\]]|(?<![A-Za-z])[(\[]|{HYPHEN})*)(?<![A-Za-z.,!)\]])"
+)
 SIGN = r"(?P<sign>(?:^[-+] |[-+])?)"  # away from its number at the start only: `48 - 24` is no -24
 FRACTION = r"(?:(?P<whole>\d+) (?:and )?)?(?P<over>\d+) ?/ ?(?P<under>\d+)"
 # m^2, m², km/h; but not 72².
-UNIT = r"(?<=[A-Za-z]) ?\^ ?[23](?!\.?\d)|(?<=[A-Za-z])[²³]|/ ?(?=[A-Za-z])"
-AFTER = rf"(?P<after>(?:{UNIT}|{HYPHEN}|[A-Za-z ,.:;!'\"`)(\[\]%°])*)"
+UNIT = rf"(?<=[{LETTER}]) ?\^ ?[23](?!\.?\d)|(?<=[{LETTER}])[²³]|/ ?(?=[{LETTER}])"
+AFTER = rf"(?P<after>(?:{UNIT}|{HYPHEN}|[{LETTER} ,.:;!'\"`)(\[\]%°$€£¥₹¢])*)"
 STATES = re.compile(rf"{BEFORE}{SIGN}(?:{FRACTION}|(?P<number>{NUMBER})){AFTER}")
 # Left of an equals sign: no letters (48 + 24), or no digits and one unknown at most (x, so x, Total
 # cost).
-SUM = re.compile(r"(?:[\d\s.()+*/÷^%-]|,(?=\d{3}(?!\d)))*")
-NAME = re.compile(r"([A-Za-z .,:']*?)(?:\b[A-Za-z])? ?")
-# All but the words `a` and `I`: other single letters are unknowns.
-WORDS = re.compile(r"(?![aAI] [a-z]{2})[A-Za-z]+")
-UNITS = frozenset("CFLghlms")  # ... or these, behind a number
-NUMERALS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
-    "dozen hundred thousand million billion trillion"
-)
-# With one of these beside it a number is not what is meant: `not 72`, `at least 72`, `72 squared`,
-# `72 and a half`.
-OTHER_MEANING = (
-    "not no never none neither nor cannot isnt nicht kein pas except unless without if but instead "
-    "unlike wrong incorrect false different or either between than least most up over under above "
-    "below beyond past less exceeds min max minimum maximum almost nearly nowhere far plus minus "
-    "negative times divided multiplied by root sqrt square squared cube cubed power log ln exp sin "
-    "cos tan mod modulo factorial choose abs floor ceil round inverse reciprocal opposite multiple "
-    "as half halves third thirds fifth fifths eighth eighths ninth ninths twelfth twelfths quarter "
-    "quarters ths double doubled twice triple tripled bn mil inf infinity pi ab abc ac bc dx dy mn "
-    "pq xy xyz xz yz"
-)
-CHANGES = frozenset(OTHER_MEANING.split()) | {
-    numeral + end for numeral in NUMERALS.split() for end in ("", "s", "th", "ths")
-}
+SUM = re.compile(r"(?:[\d\s.()+*/÷^%$€£¥₹-]|,(?=\d{3}(?!\d)))*")
+NAME = re.compile(rf"([{LETTER} .,:']*?)(?:\b[A-Za-z])? ?")
+DIGIT = re.compile(r"\d|[零〇一二两三四五六七八九十百千万亿]")
+SENTENCE = re.compile(r"(?<=[a-z\d)][.!]) |(?<=[。！])")
+JOINS = re.compile(r"\b(?:and|or|to|through)\b")
+JOINED = re.compile(r"[-+*/=<>^×÷]\s*\$?\s*\Z|\b(?:or|not|to)\s*\Z")
+COMMENT = re.compile(rf"\([{LETTER} ,.'-]*\)")  # 6 (times)
 
 
-def find_answer(completion: str) -> str | None:
-    """The text inside the last complete `<answer>…</answer>`, stripped; None if there is none."""
-    end = completion.rfind("</answer>")
-    start = completion.rfind("<answer>", 0, max(end, 0))
-    return None if start < 0 else completion[start + len("<answer>") : end].strip()
+@dataclass(frozen=True)
+class Reading:
+    """What a text states: a number, of something."""
+
+    value: Fraction
+    unit: Unit
+
+
+def find_answer(completion: str, truncated: bool = False) -> str | None:
+    """The text inside the last `<answer>…</answer>`, stripped; None if there is none.
+
+    A tag that is opened last and never closed counts too, unless the completion was cut off there.
+    """
+    opened, found, last = None, None, 0
+    for tag in TAG.finditer(completion):
+        if tag[2].lower() != "answer":
+            continue
+        if not tag[1]:
+            opened = tag.end()
+        elif opened is not None:
+            found, last = completion[opened : tag.start()], tag.end()
+    if opened is not None and (found is None or opened > last) and not truncated:
+        rest = completion[opened:]
+        found = rest if rest.strip() or found is None else found
+    return None if found is None else found.strip()
 
 
 def find_reasoning(completion: str) -> str | None:
     """The text inside the first `<think>…</think>`, stripped; None if there is none."""
-    _, opened, rest = completion.partition("<think>")
-    inside, closed, _ = rest.partition("</think>")
-    return inside.strip() if opened and closed else None
+    start = None
+    for tag in TAG.finditer(completion):
+        if tag[2].lower() == "think":
+            if not tag[1] and start is None:
+                start = tag.end()
+            elif tag[1] and start is not None:
+                return completion[start : tag.start()].strip()
+    return None
 
 
-def plain(text: str) -> str:
-    """`text` on one line, without LaTeX, currency, and the many kinds of minus and space."""
-    text = " ".join(text.translate(CHARACTERS).split())
-    for pattern, plain_way in PLAINER:
-        text = pattern.sub(plain_way, text)
-    return " ".join(text.split())
-
-
-def parse_number(text: str) -> Fraction | None:
+@lru_cache(maxsize=8192)
+def read(text: str, own: frozenset[str] = frozenset(), trusted: bool = False) -> Reading | None:
     """The one number that `text` states, as a person reads it; None if it states none, or several.
 
-    `72`, `$72`, `72.0`, `72 apples`, `1,000`, `3/4`, `1 1/2` and `70 + 2 = 72` state one; `70 or
-    72` does not, so that listing every number earns nothing, nor do `not 72`, `x > 72` and `2x =
-    72`.
+    `72`, `$72`, `72.0`, `72 apples`, `1,000`, `3/4`, `1 1/2`, `七十二个` and `70 + 2 = 72` state
+    one; `70 or 72` does not, so that listing every number earns nothing, nor do `not 72`, `x > 72`
+    and `2x = 72`.
+
+    Args:
+        own: words that the reference states, which may stand in the answer as well.
+        trusted: the text is a reference, which means what it says: `5 times as many`, `6 (times)`.
     """
     if len(text) > LONGEST_ANSWER:
         return None
-    *left, right = plain(text).split("=")
+    line = plain(COMMENT.sub("", text) if trusted else text)
+    *left, right = line.split("=")
     stated = STATES.fullmatch(right.strip())
-    if not stated or not all(map(is_sum_or_name, left)):
+    changes = ANOTHER_NUMBER if trusted else CHANGES
+    if (
+        stated
+        and all(map(is_sum_or_name, left))
+        and keep_its_meaning(stated["before"], stated["after"], changes, own)
+    ):
+        value = number_of(stated)
+        unit = read_unit(stated["before"], stated["after"])
+        return None if value is None else Reading(value, unit)
+    found = conclusion(line, own)
+    if not found:
         return None
-    if not (keep_its_meaning(stated["before"]) and keep_its_meaning(stated["after"], UNITS)):
-        return None
+    number, before, after = found
+    stated = STATES.fullmatch(number.replace("- ", "-"))
+    value = number_of(stated) if stated else None
+    return None if value is None else Reading(value, read_unit(before, after))
+
+
+def states_number(reference: str) -> bool:
+    """Whether a reference is read as a number; else an answer must have the same words."""
+    return read(reference, trusted=True) is not None
+
+
+def number_of(stated: re.Match[str]) -> Fraction | None:
+    """The value of a match of STATES; None for 1/0 and for 1 3/2."""
     if stated["number"]:
         value = Fraction(stated["number"].replace(",", ""))
     else:
@@ -121,12 +136,10 @@ def parse_number(text: str) -> Fraction | None:
     return -value if "-" in stated["sign"] else value
 
 
-def keep_its_meaning(words: str, letters: frozenset[str] = frozenset("s")) -> bool:  # Bob's
-    """Whether a number among these words is what it would be without them."""
-    return all(
-        word.lower() not in CHANGES and (len(word) > 1 or word in letters)
-        for word in WORDS.findall(words)
-    )
+def parse_number(text: str) -> Fraction | None:
+    """The number that a text states, without its unit; None if there is none."""
+    found = read(text)
+    return found.value if found else None
 
 
 def is_sum_or_name(left: str) -> bool:
@@ -137,8 +150,17 @@ def is_sum_or_name(left: str) -> bool:
 
 def same_answer(answer: str, reference: str) -> bool:
     """Whether two answers are the same number; the same words, for a reference such as x^2."""
-    target = parse_number(reference)
-    return words(answer) == words(reference) if target is None else parse_number(answer) == target
+    target = read(reference, trusted=True)
+    if target is None:
+        return words(answer) == words(reference)
+    found = read(answer, frozenset(WORDS.findall(reference.lower())))
+    return found is not None and same_reading(found, target)
+
+
+def same_reading(answer: Reading, reference: Reading) -> bool:
+    """Whether two numbers are the same, in their units."""
+    ratio = factor(answer.unit, reference.unit)
+    return ratio is not None and answer.value * ratio == reference.value
 
 
 def words(text: str) -> list[str]:
@@ -147,19 +169,38 @@ def words(text: str) -> list[str]:
     return short.casefold().strip(" \n*`.").split() or text.split()
 
 
-def is_correct(completion: str, reference: str) -> bool:
+def is_correct(completion: str, reference: str, truncated: bool = False) -> bool:
     """Strict: the answer tag is there and holds the reference."""
-    answer = find_answer(completion)
+    answer = find_answer(completion, truncated)
     return answer is not None and same_answer(answer, reference)
 
 
-def is_correct_flexible(completion: str, reference: str) -> bool:
-    """Flexible: the answer tag, or without one the last number anywhere, is the reference."""
-    answer = find_answer(completion)
-    if answer is None:
-        tail = completion[-10 * LONGEST_ANSWER :]
-        if tail != completion:  # not from the middle of a number
-            tail = tail.partition(" ")[2]
-        numbers = re.findall(rf"[-+]?{NUMBER}", tail.translate(CHARACTERS).replace("$", ""))
-        answer = numbers[-1] if numbers else ""
-    return same_answer(answer, reference)
+def is_correct_flexible(completion: str, reference: str, truncated: bool = False) -> bool:
+    """Flexible: the answer tag, or without one what the last line with a number states.
+
+    Where a line has several numbers and no equation, the last one counts, if the words around it
+    leave it as it is. A completion that was cut off has not come to its answer.
+    """
+    answer = find_answer(completion, truncated)
+    if answer is not None:
+        return same_answer(answer, reference)
+    lines = [line for line in completion[-10 * LONGEST_ANSWER :].splitlines() if DIGIT.search(line)]
+    if truncated or not lines or len(lines[-1]) > 5 * LONGEST_ANSWER:
+        return False
+    sentences = [s for s in SENTENCE.split(lines[-1]) if DIGIT.search(s)]
+    return same_answer(sentences[-1], reference) or same_answer(
+        after_the_numbers(sentences[-1]), reference
+    )
+
+
+def after_the_numbers(sentence: str) -> str:
+    """The last number of a sentence with the words since the one before it; or nothing.
+
+    Nothing where the two are joined: `17 or 18`, `17, 18`, `48 - 24`.
+    """
+    numbers = list(re.finditer(NUMBER, sentence.translate(CHARACTERS)))
+    if len(numbers) < 2:
+        return ""
+    between = sentence[numbers[-2].end() : numbers[-1].start()]
+    joined = not re.search(rf"[A-Za-z]{{2}}|[{HAN}]", JOINS.sub("", between))
+    return "" if joined or JOINED.search(between) else sentence[numbers[-2].end() :].lstrip("%.,")

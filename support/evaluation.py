@@ -14,10 +14,11 @@ import torch
 
 from support.answers import is_correct, is_correct_flexible
 from support.config import Config, resolve_path
-from support.data import Question, load_questions, with_prompts
+from support.data import Question, load_questions
 from support.errors import UserError
 from support.generation import Sampling
 from support.metrics import Metrics
+from support.prompts import with_prompts
 
 Sample = Callable[..., list[Any]]  # groups of completions for questions, as rollout.rollout
 
@@ -41,7 +42,7 @@ def held_out_questions(config: Config, tokenizer: Any) -> list[Question]:
             f"--dataset {config.dataset} is one file, without held-out questions; give "
             "--eval_dataset, a folder with train.* and test.*, or --eval_interval 0."
         )
-    questions = load_questions(name, "test", config.dataset_config)
+    questions = load_questions(name, "test", config)
     questions, dropped = with_prompts(
         questions, tokenizer, config.system_prompt, config.max_prompt_tokens
     )
@@ -70,8 +71,8 @@ def evaluate(
     greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
     answers = [group.completions[0] for group in sample(questions, 1, greedy, show)]
     n, pairs = len(questions), list(zip(answers, questions, strict=True))
-    strict = sum(is_correct(a.text, q.reference) for a, q in pairs)
-    flexible = sum(is_correct_flexible(a.text, q.reference) for a, q in pairs)
+    said = [(q.opened + a.text, q.reference, a.truncated) for a, q in pairs]
+    strict, flexible = (sum(f(*one) for one in said) for f in (is_correct, is_correct_flexible))
     low, high = wilson_interval(strict, n)
     metrics: Metrics = {
         "eval/accuracy": (strict, n),
@@ -97,8 +98,9 @@ def evaluate_samples(
         torch.manual_seed(config.seed)
         groups = sample(questions, config.eval_samples, Sampling.of(config), show)
     right = [
-        [is_correct(completion.text, group.question.reference) for completion in group.completions]
+        [is_correct(q.opened + c.text, q.reference, c.truncated) for c in group.completions]
         for group in groups
+        for q in [group.question]
     ]
     return {
         "eval/sampled_accuracy": (sum(map(sum, right)), len(questions) * config.eval_samples),
