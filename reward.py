@@ -5,10 +5,10 @@ Every reward function, built in or yours, has the signature of TRL's for plain-t
     def my_reward(prompts: list[str], completions: list[str], **columns) -> list[float | None]
 
 `columns` holds a list for every column of the dataset, and also `reference` (the final answers),
-`completion_ids` (token ids) and `max_new_tokens`. None means "cannot be scored": it counts as 0 in
-the weighted sum. A completion that no function can score is neither compared nor trained. How
-answers are read is in support/answers.py; how a function of your own is loaded, timed and, if it
-fails, reported, in support/user_rewards.py.
+`completion_ids` (token ids), `truncated` (cut off?) and `max_new_tokens`. None means "cannot be
+scored": it counts as 0 in the weighted sum. A completion that no function can score is neither
+compared nor trained. How answers are read is in support/answers.py; how a function of your own is
+loaded, timed and, if it fails, reported, in support/user_rewards.py.
 """
 
 from dataclasses import replace
@@ -29,9 +29,11 @@ Texts = list[str]
 Scores = list[float | None]
 
 
-def accuracy(prompts: Texts, completions: Texts, reference: Texts, **columns: Any) -> Scores:
+def accuracy(
+    prompts: Texts, completions: Texts, reference: Texts, truncated: list[bool], **columns: Any
+) -> Scores:
     """1 if the last answer tag holds the reference, else 0. No credit for a part of it."""
-    return [float(is_correct(c, r)) for c, r in zip(completions, reference, strict=True)]
+    return [float(is_correct(*one)) for one in zip(completions, reference, truncated, strict=True)]
 
 
 def well_formed(prompts: Texts, completions: Texts, **columns: Any) -> Scores:
@@ -102,7 +104,7 @@ def score(groups: list[Group], rewards: dict[str, RewardFunction], config: Confi
     Raises:
         UserError: a function failed, took too long, or did not return finite numbers or Nones.
     """
-    arguments = *reward_arguments(groups, config.max_new_tokens), config.reward_timeout
+    arguments = reward_arguments(groups, config), config.reward_timeout
     table = torch.stack([call_reward(*pair, *arguments) for pair in rewards.items()])  # (K, Q × G)
     weighted = [w * row for w, row in zip(config.reward_weights, table, strict=True)]
     scored = ~table.isnan().all(dim=0)
@@ -112,8 +114,5 @@ def score(groups: list[Group], rewards: dict[str, RewardFunction], config: Confi
             "The weighted sum of the rewards is too large for float32; scale the rewards or their "
             "weights."
         )
-    columns = zip(table.chunk(len(groups), dim=1), returns.chunk(len(groups)), strict=True)
-    return [
-        replace(group, rewards=own_rewards, returns=own_returns)
-        for group, (own_rewards, own_returns) in zip(groups, columns, strict=True)
-    ]
+    parts = zip(groups, table.chunk(len(groups), dim=1), returns.chunk(len(groups)), strict=True)
+    return [replace(group, rewards=own, returns=total) for group, own, total in parts]

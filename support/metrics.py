@@ -4,7 +4,6 @@ A metric is added up where its number is born, as (sum, count); a step's value i
 name that is not explained here is refused.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -184,6 +183,8 @@ def meaning(name: str) -> str:
     if name.startswith("reward/"):
         reward, _, statistic = name.removeprefix("reward/").rpartition("_")
         return REWARD_MEANING[statistic].format(reward)
+    if name.startswith("logged/"):
+        return "logged by a reward function of yours, through log_metric"
     return GLOSSARY[name]
 
 
@@ -214,18 +215,23 @@ def of_rollout(groups: list[Any], seconds: float) -> Metrics:
     }
 
 
-def of_rewards(groups: list[Any], names: Iterable[str]) -> Metrics:
-    """Of scored groups: each reward by name, and the share of right answers."""
+def of_rewards(groups: list[Any], functions: dict[str, Any]) -> Metrics:
+    """Of scored groups: each reward by name, what it has logged, and the share of right answers."""
     found: Metrics = {}
     rewards = torch.cat([group.rewards for group in groups], dim=1)
-    for name, values in zip(names, rewards, strict=True):
+    for function in functions.values():
+        logged = getattr(function, "logged", {})
+        found |= {f"logged/{name}": (sum(each), len(each)) for name, each in logged.items()}
+        logged.clear()
+    for name, values in zip(functions, rewards, strict=True):
         found |= spread(f"reward/{name}_mean", f"reward/{name}_std", values)
     found["rollout/unscored_share"] = (rewards.isnan().sum(), rewards.numel())
     sums: dict[str, list[int]] = {}
     for group in groups:
         question = group.question
         for completion in group.completions:
-            right = is_correct(completion.text, question.reference)
+            text = question.opened + completion.text
+            right = is_correct(text, question.reference, completion.truncated)
             length_name = "rollout/tokens_right" if right else "rollout/tokens_wrong"
             add(sums, "rollout/success_rate", right)
             add(sums, length_name, len(completion.ids))

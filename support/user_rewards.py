@@ -1,33 +1,99 @@
 """A user's reward function: loaded from a file, called with a time limit, and blamed if it fails.
 
 A function that raises, hangs, or returns something other than numbers stops the run with a sentence
-that names it and the completion that did it.
+that names it and the completion that did it. What is written for TRL works here: functions for
+plain text and for chat messages, `async def`, `log_metric`; not `trainer_state`, TRL's own trainer.
 """
 
+import asyncio
 import contextlib
 import copy
 import importlib.util
 import inspect
 import math
-import os
-import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from support.config import Config
 from support.errors import UserError, check_choice
+from support.guarded import TimeUp, restore_globals, time_limit
 
 RewardFunction = Callable[..., list[float | None]]
 
 TIME_LIMIT = 60.0  # seconds that one call of a reward function may take
 LARGEST_REWARD = 1e9  # above it, float32 has no room for sums and squares
+
+
+# What every reward function is given, beside the columns of the dataset.
+GIVEN = ("prompts", "completions", "reference", "completion_ids", "truncated", "max_new_tokens")
+LOGGING = ("log_metric", "log_extra")  # TRL's, given to functions that ask for them
+MIXED_UP = (AttributeError, TypeError)  # what a function for messages raises when it gets a text
+
+
+@dataclass
+class UserReward:
+    """A function of a user, and what is known of it."""
+
+    function: RewardFunction
+    name: str
+    takes_messages: bool = False  # found out at its first call
+    logged: dict[str, list[float]] = field(default_factory=dict)  # by log_metric, since last asked
+
+    def log_metric(self, name: str, value: float) -> None:
+        """TRL's `log_metric`: a number for TensorBoard, the mean over the step."""
+        self.logged.setdefault(f"{self.name}_{name}", []).append(float(value))
+
+    def __call__(self, **given: Any) -> Any:
+        """What the function returns for the arguments that it takes."""
+        extra = {"log_metric": self.log_metric, "log_extra": lambda *ignored: None}
+        given |= {name: extra[name] for name in LOGGING if name in self.parameters}
+        values = self.function(**given)
+        return finished(values) if inspect.isawaitable(values) else values
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names that it takes; none where Python cannot tell, as of some functions in C."""
+        try:
+            return tuple(inspect.signature(self.function).parameters)
+        except ValueError:
+            return ()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the reward functions are given of N completions."""
+
+    prompts: list[str]
+    completions: list[str]
+    columns: dict[str, Any]  # lists of N; and max_new_tokens
+    messages: list[list[dict[str, str]]]  # the prompts as TRL gives them for a chat
+
+    def one(self, place: int) -> "Arguments":
+        """Of one completion alone."""
+        columns = {
+            name: value[place : place + 1] if isinstance(value, list) else value
+            for name, value in self.columns.items()
+        }
+        here = slice(place, place + 1)
+        return Arguments(self.prompts[here], self.completions[here], columns, self.messages[here])
+
+    def given(self, as_messages: bool) -> dict[str, Any]:
+        """Copies: what a function does to them must not reach the next one, or the tokens."""
+        prompts, completions = list(self.prompts), list(self.completions)
+        if as_messages:
+            prompts = copy.deepcopy(self.messages)
+            completions = [[{"role": "assistant", "content": text}] for text in self.completions]
+        return {"prompts": prompts, "completions": completions, **copy.deepcopy(self.columns)}
 
 
 def load_rewards(
@@ -53,7 +119,7 @@ def load_rewards(
     return rewards
 
 
-def load_function(path: Path, name: str) -> RewardFunction:
+def load_function(path: Path, name: str) -> UserReward:
     """One function of a user's Python file."""
     if not path.is_file():
         raise UserError(
@@ -71,40 +137,59 @@ def load_function(path: Path, name: str) -> RewardFunction:
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{path} cannot be run: {describe(error)}.") from error
     functions = dict(inspect.getmembers(module, callable))
-    function = functions[check_choice(name, functions, f"function in {path}:")]
-    check_signature(function, name)
+    function = UserReward(functions[check_choice(name, functions, f"function in {path}:")], name)
+    check_signature(function)
     return function
 
 
-def check_signature(function: RewardFunction, name: str) -> None:
-    """UserError, before anything is sampled, for a function that takes other arguments."""
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions written in C have none
+def check_signature(reward: UserReward, columns: dict[str, Any] | None = None) -> None:
+    """UserError, before anything is sampled, for a function that takes other arguments.
+
+    Args:
+        columns: those of the dataset, once it has been read: then what it asks for must be there.
+    """
+    if not reward.parameters:
         return
+    known = dict.fromkeys((*GIVEN, *(columns or ())))
+    names = ", ".join(known)
+    known |= {name: None for name in LOGGING if name in reward.parameters}
+    signature = inspect.signature(reward.function)
     try:
-        signature.bind_partial(
-            prompts=[], completions=[], reference=[], completion_ids=[], max_new_tokens=1
-        )
+        (signature.bind_partial if columns is None else signature.bind)(**known)
     except TypeError as error:
+        why = f"write it as def {reward.name}(prompts, completions, **columns)"
+        if columns is not None:
+            why = f"what it is given: {names}; the last ones are the columns of the dataset"
+        if "trainer_state" in str(error):
+            why = "that is TRL's trainer, which is not here; give it the default None"
         raise UserError(
-            f"The reward {name} does not take what a reward is given ({error}); write it as def "
-            f"{name}(prompts, completions, **columns)."
+            f"The reward {reward.name} does not take what a reward is given ({error}); {why}."
         ) from error
-    if inspect.iscoroutinefunction(function):
-        raise UserError(f"The reward {name} is asynchronous; write it with def, not async def.")
 
 
-@contextlib.contextmanager
-def restore_globals() -> Iterator[None]:
-    """Around a user's code: the working folder and torch's modes are afterwards what they were."""
-    folder, dtype, grad = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+def check_columns(rewards: dict[str, RewardFunction], questions: list[Any]) -> None:
+    """UserError, before anything is sampled, for a function that needs another column."""
+    columns = {name: None for question in questions for name in question.columns}
+    for reward in rewards.values():
+        if isinstance(reward, UserReward):
+            check_signature(reward, columns)
+
+
+def finished(waiting: Any) -> Any:
+    """What an `async def` function returns."""
+
+    async def wait() -> Any:
+        return await waiting
+
     try:
-        yield
-    finally:
-        os.chdir(folder)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(grad)
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    found: list[Any] = []  # in a notebook, which runs a loop of its own
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(wait())))
+    thread.start()
+    thread.join()
+    return found[0] if found else None
 
 
 def describe(error: BaseException) -> str:
@@ -122,13 +207,6 @@ def shown(value: Any, how: Callable[[Any], str] = repr) -> str:
         return f"a value of the kind {type(value).__name__}"
 
 
-class TimeUp(BaseException):
-    """A reward function took too long.
-
-    Not an Exception, so that an `except Exception` inside the function cannot swallow it.
-    """
-
-
 class Failed(Exception):
     """How a reward function failed: the text for a person, `kind` to compare two failures."""
 
@@ -137,49 +215,12 @@ class Failed(Exception):
         self.kind = kind
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeUp inside the block after `seconds`, and again each second; 0 or less: no limit.
+def reward_arguments(groups: list[Any], config: Config) -> Arguments:
+    """What the reward functions are given of groups.
 
-    By the alarm signal, so there is no limit off the main thread, or on systems without it. Python
-    code and `re` look for signals; a call into C that does not cannot be interrupted.
-    """
-    on_main = threading.current_thread() is threading.main_thread()
-    if seconds <= 0 or not on_main or not hasattr(signal, "setitimer"):
-        yield
-        return
-    late = False
-
-    def stop(number: int, frame: Any) -> None:
-        nonlocal late
-        late = True
-        raise TimeUp
-
-    start, handler = time.monotonic(), signal.signal(signal.SIGALRM, stop)
-    waiting, interval = signal.getitimer(signal.ITIMER_REAL)
-    try:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-            yield
-        finally:  # an alarm may interrupt this one, but then not the outer one
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
-        if waiting:  # an alarm that was set before goes on
-            left = max(waiting - (time.monotonic() - start), 1e-3)
-            signal.setitimer(signal.ITIMER_REAL, left, interval)
-    if late:  # a bare `except:` swallowed it
-        raise TimeUp
-
-
-def reward_arguments(
-    groups: list[Any], max_new_tokens: int
-) -> tuple[list[str], list[str], dict[str, Any]]:
-    """What a reward function is given of groups: prompts, completions, and columns by name.
-
-    The columns are those of the dataset, `reference`, `completion_ids` and `max_new_tokens`. A
-    completion begins with the tag that its prompt has opened, if it has opened one.
+    The columns are those of the dataset, `reference`, `completion_ids`, `truncated` and
+    `max_new_tokens`. A completion begins with the tag that its prompt has opened, if it has opened
+    one.
     """
     pairs = [(group.question, completion) for group in groups for completion in group.completions]
     names = {name for group in groups for name in group.question.columns}
@@ -189,56 +230,67 @@ def reward_arguments(
     }
     columns["reference"] = [question.reference for question, _ in pairs]
     columns["completion_ids"] = [completion.ids for _, completion in pairs]
-    columns["max_new_tokens"] = max_new_tokens
+    columns["truncated"] = [completion.truncated for _, completion in pairs]
+    columns["max_new_tokens"] = config.max_new_tokens
     prompts = [question.prompt for question, _ in pairs]
     texts = [question.opened + completion.text for question, completion in pairs]
-    return prompts, texts, columns
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    chats = [[*system, {"role": "user", "content": q.question}] for q, _ in pairs]
+    return Arguments(prompts, texts, columns, chats)
 
 
 def call_function(
-    function: RewardFunction,
-    prompts: list[str],
-    completions: list[str],
-    columns: dict[str, Any],
-    seconds: float,
+    function: RewardFunction, arguments: Arguments, seconds: float, as_messages: bool = False
 ) -> Any:
     """What a function returns for copies of the arguments; Failed if it raises or hangs."""
-    # Copies: what it does to them must not reach the next function, or the tokens that are trained.
-    given = {
-        "prompts": list(prompts),
-        "completions": list(completions),
-        **copy.deepcopy(columns),
-    }
     try:
         with restore_globals(), time_limit(seconds):
-            values = function(**given)
+            values = function(**arguments.given(as_messages))
     except TimeUp:
         raise Failed(f"took longer than the limit of {seconds:g} seconds", "time") from None
     except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise Failed(f"failed: {describe(error)}", type(error).__name__) from error
-    listed = isinstance(values, list | tuple) or (isinstance(values, Tensor) and values.dim() > 0)
-    if not listed or len(values) != len(completions):
-        count = len(values) if listed else None
-        size = f"{count} {'value' if count == 1 else 'values'}" if listed else type(values).__name__
-        raise Failed(
-            f"returned {size}; it must return a list of {len(completions)} numbers", "shape"
-        )
+    count = len(arguments.completions)
+    listed = isinstance(values, list | tuple) or (
+        isinstance(values, Tensor | np.ndarray) and values.ndim > 0
+    )
+    if not listed or len(values) != count:
+        found = len(values) if listed else None
+        size = f"{found} {'value' if found == 1 else 'values'}" if listed else type(values).__name__
+        raise Failed(f"returned {size}; it must return a list of {count} numbers", "shape")
     return values
 
 
+def call_as_it_wants(function: RewardFunction, arguments: Arguments, seconds: float) -> Any:
+    """`call_function`; a user's function that is written for chat messages gets messages.
+
+    It shows at its first call: it takes a text for a list of messages, fails, and does not fail
+    with messages.
+    """
+    if not isinstance(function, UserReward):
+        return call_function(function, arguments, seconds)
+    try:
+        return call_function(function, arguments, seconds, function.takes_messages)
+    except Failed as failure:
+        if function.takes_messages or not isinstance(failure.__cause__, MIXED_UP):
+            raise
+        with contextlib.suppress(Failed):
+            values = call_function(function, arguments, seconds, as_messages=True)
+            function.takes_messages = True
+            print(f"the reward {function.name} is written for chat messages, and gets them")
+            return values
+        raise
+
+
 def find_failing_completion(
-    function: RewardFunction,
-    prompts: list[str],
-    completions: list[str],
-    columns: dict[str, Any],
-    seconds: float,
-    kind: str,
+    function: RewardFunction, arguments: Arguments, seconds: float, kind: str
 ) -> str:
     """The words that name the first completion that fails in the same way (`kind`) alone.
 
     Within the limit of one call for all of them. One that takes more than half of that counts as
     one that hangs.
     """
+    completions = arguments.completions
     if len(completions) == 1:
         return f" (the completion {completions[0][:200]!r})"
     limit = seconds if seconds > 0 else TIME_LIMIT
@@ -247,16 +299,8 @@ def find_failing_completion(
         left = end - time.monotonic()
         if left <= 0:
             return " (there was no time to find the completion that does it)"
-        own = {
-            name: [value[i]]
-            if isinstance(value, list) and len(value) == len(completions)
-            else value
-            for name, value in columns.items()
-        }
         try:
-            call_function(
-                function, prompts[i : i + 1], [completion], own, left if seconds > 0 else 0
-            )
+            call_as_it_wants(function, arguments.one(i), left if seconds > 0 else 0)
         except Failed as again:
             if again.kind == kind and (kind != "time" or left > limit / 2):
                 return f" (the completion {completion[:200]!r} does it, also alone)"
@@ -264,12 +308,7 @@ def find_failing_completion(
 
 
 def call_reward(
-    name: str,
-    function: RewardFunction,
-    prompts: list[str],
-    completions: list[str],
-    columns: dict[str, Any],
-    seconds: float = TIME_LIMIT,
+    name: str, function: RewardFunction, arguments: Arguments, seconds: float = TIME_LIMIT
 ) -> Tensor:
     """What the reward `name` says of N completions, float32 (N,), NaN for None.
 
@@ -279,13 +318,11 @@ def call_reward(
         UserError: it failed, took too long, or did not return N finite numbers or Nones.
     """
     try:
-        values = call_function(function, prompts, completions, columns, seconds)
+        values = call_as_it_wants(function, arguments, seconds)
     except Failed as failure:
-        who = find_failing_completion(
-            function, prompts, completions, columns, seconds, failure.kind
-        )
+        who = find_failing_completion(function, arguments, seconds, failure.kind)
         raise UserError(f"The reward {name} {failure}{who}.") from failure.__cause__
-    return check_values(values, name, completions)
+    return check_values(values, name, arguments.completions)
 
 
 def check_values(values: Any, name: str, completions: list[str]) -> Tensor:

@@ -219,7 +219,7 @@ NAMES: list[Bad] = [
     ([""], "I do not know what to do with ''"),
     ("--no_gradient_checkpointing x", "I do not know what to do with 'x'"),
     ("--preset tinny", "There is no preset 'tinny'; did you mean tiny?"),
-    ("--preset ''", "There is no preset ''; choose one of: gsm8k, gsm8k-24gb, tiny."),
+    ("--preset ''", "There is no preset ''; choose one of: gsm8k, gsm8k-24gb, gsm8k-zh, tiny."),
     ("--preset", "--preset: expected one argument"),
     ("--objective grop", "There is no objective 'grop'; did you mean grpo?"),
     ("--objective GRPO", "did you mean grpo?"),
@@ -480,7 +480,9 @@ REWARDS: list[Bad] = [
     (F, "did you mean ff?", file("f.py", "def ff(): pass")),
     (F, "The reward f does not take what a reward is given (got an unexpected keyword", file("f.py", "def f(x): pass")),
     (F, "does not take what a reward is given", file("f.py", "def f(prompts, completions): pass")),
-    (F, "The reward f is asynchronous", file("f.py", "async def f(**columns): pass")),
+    (F, "(missing a required argument: 'colour'); what it is given: prompts, completions", file("f.py", "def f(colour, **columns): pass")),
+    (F, "that is TRL's trainer, which is not here; give it the default None", file("f.py", "def f(trainer_state, **columns): pass")),
+    (F, "The reward f returned NoneType; it must return a list", file("f.py", "async def f(**columns): pass")),
     (F, "cannot be run: SystemExit: 0 (f.py, line 1)", file("f.py", "import sys; sys.exit(0)")),
 ]  # fmt: skip
 

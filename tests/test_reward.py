@@ -1,5 +1,6 @@
 """reward.py and support/user_rewards.py: nothing for answers that only look right; nothing that is written, by a model or by you, stops it silently."""
 
+import asyncio
 import contextlib
 import math
 import os
@@ -25,7 +26,7 @@ from reward import (
     well_formed,
 )
 from rollout import Completion, Group
-from support import user_rewards
+from support import metrics, user_rewards
 from support.answers import (
     find_answer,
     find_reasoning,
@@ -65,9 +66,10 @@ def score_texts(rewards, weights, completions, seconds=60.0, max_new_tokens=100,
 
 
 def ask(function, completions, references, **columns):
+    n = len(completions)
     return function(
-        prompts=[""] * len(completions), completions=completions, reference=references, **columns
-    )
+        prompts=[""] * n, completions=completions, reference=references, truncated=[False] * n, **columns
+    )  # fmt: skip
 
 
 def test_accuracy_gives_no_credit_for_a_part():
@@ -108,9 +110,13 @@ GAMES = {
     "thinking only": "<think>The answer is 72.</think>",
     "thinking, then nothing": "<think>72</think><answer></answer>",
     "no tag": "The answer is 72.",
-    "an open tag": "<answer>72",
     "the tags turned round": "</answer>72<answer>",
-    "another tag": "<ANSWER>72</ANSWER>",
+    "another tag": "<result>72</result>",
+    "an open tag, and a list": "<answer>71 72 73",
+    "an open tag, at last": "<answer>72</answer><answer>73",
+    "a sum, and another number": "<answer>70 + 2 = 72 or 73</answer>",
+    "a denial of a sum": "<answer>It is not 70 + 2 = 72.</answer>",
+    "many sums": "<answer>" + ", ".join(f"{n} + 0 = {n}" for n in range(100)) + "</answer>",
     "both sides": "<answer>72 or -72</answer>",
     "a sign to choose": "<answer>±72</answer>",
     "everything but": "<answer>not 72</answer>",
@@ -132,14 +138,24 @@ def test_games_earn_nothing(game):
     """Nothing from accuracy, and from `accuracy + 0.2 format` no more than the share of the format."""
     text = GAMES[game]
     reference = "72" if game not in ("many tags", "every number, equals signs") else "42"
-    columns = {"prompts": [""], "completions": [text], "reference": [reference]}
+    columns = {
+        "prompts": [""],
+        "completions": [text],
+        "reference": [reference],
+        "truncated": [False],
+    }
     assert accuracy(**columns) == [0.0]
     assert accuracy(**columns)[0] + 0.2 * well_formed(**columns)[0] <= 0.2
 
 
 def test_many_guesses_are_worth_one():
     """Of all the tags, lines and equals signs one number counts, so that 100 guesses are right as often as one is."""
-    for text in (GAMES["many tags"], GAMES["every number, equals signs"], GAMES["every number"]):
+    for text in (
+        GAMES["many tags"],
+        GAMES["every number, equals signs"],
+        GAMES["every number"],
+        GAMES["many sums"],
+    ):
         right = sum(ask(accuracy, [text] * 100, [str(n) for n in range(100)]))
         assert right <= 1
 
@@ -286,6 +302,137 @@ def test_the_time_limit_leaves_others_alone(tmp_path):
         signal.signal(signal.SIGALRM, handler)
 
 
+ALARMS = {
+    "alarm": "signal.signal(signal.SIGALRM, lambda *_: None); signal.alarm(1)",
+    "alarm off": "signal.alarm(0); signal.setitimer(signal.ITIMER_REAL, 0)",
+    "ignored": "signal.signal(signal.SIGALRM, signal.SIG_IGN); signal.alarm(1)",
+}
+
+
+@pytest.mark.parametrize("alarm", ALARMS)
+@pytest.mark.parametrize(
+    "wait", ["time.sleep(60)", "[None for _ in iter(int, 1)]"], ids=["sleep", "loop"]
+)
+def test_a_reward_with_an_alarm_of_its_own_has_the_same_limit(tmp_path, alarm, wait):
+    """As math-verify's `parse` has. Its alarm does not outlive it either: it would end the process."""
+    rewards = broken(tmp_path, f"import signal, time; {ALARMS[alarm]}; {wait}; return [1.0]")
+    handler, start = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(UserError, match="took longer than the limit of 0.4 seconds"):
+        score_texts(rewards, [1.0], ["x"], seconds=0.4)
+    assert time.monotonic() - start < 10 and signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_an_answer_that_comes_too_late_is_refused(tmp_path):
+    """From a call into C that looks for no signal (here: they are blocked)."""
+    body = (
+        "import signal, time; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGVTALRM}); time.sleep(0.3); "
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGVTALRM}); return [1.0]"
+    )
+    with pytest.raises(UserError, match="took longer than the limit of 0.1 seconds"):
+        score_texts(broken(tmp_path, body), [1.0], ["x"], seconds=0.1)
+
+
+CHAT = """
+import re
+def think(completions, **kwargs):
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.match(r"^<think>.*</think>", text, re.DOTALL) else 0.0 for text in contents]
+def asked(prompts, completions, **kwargs):
+    return [float(p[-1]["content"] == "q" and c[-1].get("role") == "assistant") for p, c in zip(prompts, completions)]
+def neither(prompts, completions, **kwargs):
+    return [completion["content"] for completion in completions]
+"""
+
+
+def test_functions_for_chat_messages_get_messages(tmp_path, capsys):
+    """TRL's own rewards index `completion[0]["content"]`; found out at the first call, and said once."""
+    (tmp_path / "mine.py").write_text(CHAT)
+    texts = ["<think>a</think> 1", "1"]
+    for name, expected in (("think", [1.0, 0.0]), ("asked", [1.0, 1.0])):
+        rewards = load_rewards([f"{tmp_path}/mine.py:{name}"])
+        for _ in range(2):
+            assert score_texts(rewards, [1.0], texts)[0].tolist() == expected
+        assert capsys.readouterr().out.count("is written for chat messages, and gets them") == 1
+    with pytest.raises(UserError, match="failed: TypeError: string indices must be integers"):
+        score_texts(load_rewards([f"{tmp_path}/mine.py:neither"]), [1.0], texts)
+
+
+def test_messages_are_those_of_the_run():
+    config = Config(system_prompt="Be short.")
+    group = Group(Question("How many?", "1", ""), [Completion([1], "one", truncated=False)])
+    arguments = user_rewards.reward_arguments([group], config)
+    assert arguments.given(as_messages=True)["prompts"] == [
+        [{"role": "system", "content": "Be short."}, {"role": "user", "content": "How many?"}]
+    ]
+    assert arguments.given(as_messages=False)["completions"] == ["one"]
+
+
+def test_asynchronous_functions_and_arrays(tmp_path):
+    """As TRL takes them; also where a loop runs already, as in a notebook."""
+    (tmp_path / "mine.py").write_text(
+        "import asyncio, numpy as np, torch\n"
+        "async def slow(prompts, completions, **columns):\n"
+        "    await asyncio.sleep(0.01)\n    return [float(len(c)) for c in completions]\n"
+        "async def stuck(prompts, completions, **columns):\n    await asyncio.sleep(60)\n"
+        "def array(prompts, completions, **columns):\n    return np.array([0.5] * len(completions))\n"
+        "def tensor(prompts, completions, **columns):\n    return torch.ones(len(completions))\n"
+    )
+    names = ("slow", "array", "tensor")
+    rewards = load_rewards([f"{tmp_path}/mine.py:{name}" for name in names])
+    assert score_texts(rewards, [1.0] * 3, ["xx"])[0].tolist() == [3.5]
+
+    async def in_a_loop():
+        return score_texts(rewards, [1.0] * 3, ["xx"])[0].tolist()
+
+    assert asyncio.run(in_a_loop()) == [3.5]
+    with pytest.raises(UserError, match="took longer than the limit of 0.2 seconds"):
+        score_texts(load_rewards([f"{tmp_path}/mine.py:stuck"]), [1.0], ["x"], seconds=0.2)
+
+
+def test_what_a_function_asks_for_is_looked_for_before_anything_is_sampled(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def level(prompts, completions, level, **columns): return [1.0] * len(completions)\n"
+        "def colour(prompts, completions, colour, **columns): return [1.0] * len(completions)\n"
+        "def state(prompts, completions, trainer_state, **columns): return [1.0] * len(completions)\n"
+        "def state_or_none(prompts, completions, trainer_state=None, **columns): return [float(trainer_state is None)]\n"
+    )
+    questions = [Question("q", "1", "", columns={"question": "q", "level": 3})]
+
+    def check(name):
+        rewards = load_rewards([f"{tmp_path}/mine.py:{name}"]) | {"accuracy": accuracy}
+        user_rewards.check_columns(rewards, questions)
+        return rewards
+
+    check("level")
+    with pytest.raises(
+        UserError,
+        match="missing a required argument: 'colour'.*max_new_tokens, question, level; the last",
+    ):
+        check("colour")
+    with pytest.raises(
+        UserError, match="TRL's trainer, which is not here; give it the default None"
+    ):
+        check("state")
+    rewards = {"state_or_none": check("state_or_none")["state_or_none"]}
+    assert score_texts(rewards, [1.0], ["x"])[0].tolist() == [1.0]
+
+
+def test_a_function_can_log(tmp_path):
+    """TRL's `log_metric` becomes a metric of its own; `log_extra` is taken, and shows nothing."""
+    (tmp_path / "mine.py").write_text(
+        "def mine(prompts, completions, log_metric, log_extra=None, **columns):\n"
+        "    log_extra('text', completions)\n    log_metric('length', len(completions[0]))\n    return [1.0]\n"
+    )
+    rewards = load_rewards([f"{tmp_path}/mine.py:mine"])
+    groups = [Group(Question("q", "1", ""), [Completion([1], "xxx", truncated=False)])]
+    config = Config(reward=["mine"], reward_weights=[1.0])
+    for length in (3, 3):
+        found = metrics.of_rewards(score(groups, rewards, config), rewards)
+        assert found["logged/mine_length"] == (length, 1)
+    assert "log_metric" in metrics.meaning("logged/mine_length")
+
+
 def test_a_slow_reward_is_not_blamed_on_one_completion(tmp_path):
     rewards = broken(
         tmp_path,
@@ -345,7 +492,7 @@ tagged = hostile.map(lambda text: f"<think>a</think><answer>{text}</answer>")
 def test_nothing_that_is_written_raises(completion, reference):
     columns = {
         "prompts": [completion], "completions": [completion], "reference": [reference],
-        "completion_ids": [[1] * len(completion)], "max_new_tokens": 100,
+        "completion_ids": [[1] * len(completion)], "truncated": [False], "max_new_tokens": 100,
     }  # fmt: skip
     for function in REWARDS.values():
         (value,) = function(**columns)
@@ -377,7 +524,7 @@ FUNCTIONS = {
     "is_correct_flexible": lambda text: is_correct_flexible(text, "72"),
 } | {
     name: lambda text, function=function: function(
-        prompts=[text], completions=[text], reference=[text], completion_ids=[[1]], max_new_tokens=9
+        prompts=[text], completions=[text], reference=[text], completion_ids=[[1]], truncated=[False], max_new_tokens=9
     )
     for name, function in REWARDS.items()
 }  # fmt: skip
