@@ -26,12 +26,13 @@ from replay_buffer import Experience, batches, pad_batch
 from support.checkpoint import new_run_dir
 from support.command_line import parse_config
 from support.config import Config, resolve_path
-from support.data import Question, QuestionStream, load_questions, with_prompts
+from support.data import Question, QuestionStream, load_questions
 from support.errors import UserError, command
 from support.model import build_accelerator, build_optimizer, load_model, load_tokenizer
 from support.monitor import progress
 from support.policy import Policy
 from support.preflight import check_model
+from support.prompts import with_prompts
 
 CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations: 48/2 = <<48/2=24>>24
 
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
     if others["resume"]:
         raise UserError("sft.py cannot resume, it is short: start again, in another --run_dir.")
     accelerator = build_accelerator(config)
-    questions = load_questions(resolve_path(config.dataset), "train", config.dataset_config)
+    questions = load_questions(resolve_path(config.dataset), "train", config)
     tokenizer = load_tokenizer(config.model)
     set_seed(config.seed)
     model = load_model(config.model, config.precision, config.gradient_checkpointing)

@@ -35,7 +35,7 @@ from support.alarms import alarms_for
 from support.checkpoint import load_newest
 from support.command_line import parse_config
 from support.config import Config
-from support.data import Question, QuestionStream, training_questions
+from support.data import Question, QuestionStream
 from support.errors import command
 from support.evaluation import held_out_questions
 from support.generation import Sampling
@@ -44,9 +44,10 @@ from support.model import build_accelerator, build_optimizer, load_tokenizer
 from support.monitor import Monitor, quiet_progress
 from support.policy import Policy, load_policies
 from support.preflight import check_sampler
+from support.prompts import training_questions
 from support.schedule import open_run, restore, save_finished_steps
 from support.shared_prompts import order_by_prompt
-from support.user_rewards import RewardFunction, load_rewards
+from support.user_rewards import RewardFunction, check_columns, load_rewards
 
 Pairs = list[tuple[Experience, Tensor]]  # each with the weight of its tokens
 
@@ -206,8 +207,7 @@ def add_gradients(
 ) -> tuple[Tensor, Tensor, list[metrics.Metrics]]:
     """Add up the gradients of micro-batches of `size`.
 
-    Returns:
-        the loss; the sum of the entropies of the tokens; the metrics of each micro-batch.
+    Returns the loss; the sum of the entropies of the tokens; the metrics of each micro-batch.
     """
     policy.zero_grad()  # an attempt that was too large for the memory may have left a part
     total, entropy = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
@@ -232,6 +232,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     saved, state = load_newest(resume, config)
     tokenizer = load_tokenizer(config.model)
     questions = training_questions(config, tokenizer)
+    check_columns(rewards, questions)
     held_out = held_out_questions(config, tokenizer) if config.eval_interval else []
     functions, has_kl = equations.log_prob_functions(objective), objective.kl_weight > 0
     policy, reference = load_policies(config, saved, tokenizer, accelerator, has_kl, *functions)

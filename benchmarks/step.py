@@ -55,7 +55,7 @@ from common import (
 from reward import REWARDS
 from support.command_line import Parser, parse_config
 from support.config import Config, resolve_path
-from support.data import Question, QuestionStream, training_questions
+from support.data import Question, QuestionStream
 from support.errors import UserError, command
 from support.model import (
     build_accelerator,
@@ -64,6 +64,7 @@ from support.model import (
     load_tokenizer,
     set_learning_rate,
 )
+from support.prompts import training_questions
 from support.user_rewards import load_rewards
 
 # Where benchmarks/conformance.py --install puts it.

@@ -22,6 +22,11 @@ SYSTEM_PROMPT = (
     "final number alone inside <answer> and </answer>, like this: <think> reasoning </think> "
     "<answer> number </answer>"
 )
+# The same in Chinese.
+SYSTEM_PROMPT_ZH = (
+    "你是解数学题的助手。先在 <think> 和 </think> 之间一步一步地推理，再在 <answer> 和 </answer> "
+    "之间只写最后的数字，格式如下：<think> 推理过程 </think> <answer> 数字 </answer>"
+)
 # A number above these is a slip of the keyboard: it would end in an overflow, in NaN or in all of
 # the memory.
 LARGEST, MOST_SEQUENCES = 10**9, 10**6
@@ -64,7 +69,9 @@ class Config:
     """
 
     # The run
-    preset: str = option("gsm8k", "named settings to start from: gsm8k, gsm8k-24gb or tiny")
+    preset: str = option(
+        "gsm8k", "named settings to start from: gsm8k, gsm8k-24gb, gsm8k-zh or tiny"
+    )
     run_dir: str = option("", "folder for everything the run writes; empty: runs/<preset>-<time>")
     seed: int = option(
         42,
@@ -95,6 +102,11 @@ class Config:
         "openai/gsm8k", "a hub name, a .jsonl or .parquet file, or a folder with train.* and test.*"
     )
     dataset_config: str = option("main", "the hub dataset's configuration; not used for files")
+    question_column: str = option("question", "the dataset's column with the question")
+    answer_column: str = option(
+        "answer",
+        "its column with solution and `#### ` answer; if another than answer, also an answer alone",
+    )
     eval_dataset: str = option(
         "", "where the held-out questions are, if not in the dataset's test split"
     )
@@ -268,7 +280,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("run_dir", "model", "dataset", "eval_dataset"):
             check_text(getattr(self, name), f"--{name}", path=True)
-        for name in ("dataset_config", "system_prompt"):
+        for name in ("dataset_config", "question_column", "answer_column", "system_prompt"):
             check_text(getattr(self, name), f"--{name}")
         for name in ("model", "dataset"):
             if not getattr(self, name):
@@ -380,6 +392,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # copy that samples 1 GB; the rest is the rollout's cache, or the activations and one piece of
     # logits.
     "gsm8k-24gb": {"rollout_batch_size": 128},
+    # The Chinese GSM8K: the same questions, translated; `answer_only` has the final answer.
+    "gsm8k-zh": {
+        "dataset": "swulling/gsm8k_chinese",
+        "dataset_config": "default",
+        "question_column": "question_zh-cn",
+        "system_prompt": SYSTEM_PROMPT_ZH,
+    },
     # From trials over lr (1e-5 … 4e-4): 3e-5 climbs in 40 steps without a setback; from 2e-4 on the
     # sampled accuracy falls back after its first peak.
     "tiny": {

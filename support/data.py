@@ -1,8 +1,9 @@
-"""Questions: GSM8K from the hub, a local file or the bundled task; their prompts, their order.
+"""Questions: GSM8K from the hub, a local file or the bundled task; and their order.
 
-A row needs `question`, and either `answer` in GSM8K's format (a worked solution whose last line is
-`#### 72`) or a column `answer_only` (the Chinese GSM8K). Other columns are kept and handed to the
-reward functions.
+A row needs the column `question`, and either `answer` in GSM8K's format (a worked solution whose
+last line is `#### 72`) or a column `answer_only` (the Chinese GSM8K). --question_column and
+--answer_column name others; a column so named may hold the final answer alone. Other columns are
+kept and handed to the reward functions.
 """
 
 import json
@@ -15,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from support.config import Config, resolve_path
+from support.answers import states_number
+from support.config import Config
 from support.errors import UserError, is_text
 
 FORMATS = (".jsonl", ".parquet")
 OPENED = re.compile(r"<(think|thinking|thought|reasoning|answer)>\s*\Z")
-NO_LETTERS = re.compile(r"[\W_]+")
-TAGS = re.compile(r"</?[a-z]+>")
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,35 @@ class Question:
         return found[0] if found else ""
 
 
-def load_questions(dataset: str, split: str, hub_config: str = "main") -> list[Question]:
+def load_questions(dataset: str, split: str, config: Config | None = None) -> list[Question]:
     """Read the questions of one split.
 
     Args:
         dataset: a .jsonl or .parquet file (then `split` is not looked at), a folder with `train.*`
             and `test.*`, or the name of a dataset on the Hugging Face hub.
         split: train or test.
-        hub_config: the configuration of a hub dataset.
+        config: dataset_config, of a hub dataset; question_column and answer_column.
     Raises:
         UserError: a missing file or split; a broken row, named by file and line (or row).
     """
-    path = Path(dataset).expanduser()
+    config, path = config or Config(), Path(dataset).expanduser()
     if path.is_dir():
         path = find_split(path, split)
     elif not path.exists() and (path.suffix in FORMATS or dataset.startswith((".", "/", "~"))):
         raise UserError(
             f"There is no file or folder {dataset}; give --dataset a file, a folder or a hub name."
         )
-    rows = read_file(path) if path.exists() else read_hub(dataset, split, hub_config)
+    rows = read_file(path) if path.exists() else read_hub(dataset, split, config.dataset_config)
     if not rows:
         raise UserError(f"{path} holds no questions.")
-    return with_difficulty([parse_row(row, where) for row, where in rows])
+    columns = config.question_column, config.answer_column
+    return with_difficulty([parse_row(row, where, *columns) for row, where in rows])
 
 
 def find_split(folder: Path, split: str) -> Path:
-    """The one file of `folder` that holds `split`."""
+    """The one file of `folder`, or of the folder `data` in it, that holds `split`."""
+    if (folder / "data").is_dir():
+        folder = folder / "data"  # as in a copy of a hub dataset
     files = [
         f
         for f in sorted(folder.iterdir())
@@ -143,15 +146,17 @@ def read_hub(name: str, split: str, hub_config: str) -> list[tuple[dict, str]]:
     return [(row, f"{name}, {split} row {i}") for i, row in enumerate(rows, 1)]
 
 
-def parse_row(row: Any, where: str) -> Question:
+def parse_row(
+    row: Any, where: str, question_column: str = "question", answer_column: str = "answer"
+) -> Question:
     """One dataset row as a Question; `where` names it in the error."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object with the columns question and answer.")
-    question, answer, answer_only = row.get("question"), row.get("answer"), row.get("answer_only")
-    has = f"the row has: {', '.join(map(str, row)) or 'none'}"
+    question = row.get(question_column)
     if not isinstance(question, str) or not question.strip():
         raise UserError(
-            f"{where}: the column question is missing or empty, or is not text ({has})."
+            f"{where}: the column {question_column} is missing or empty, or is not text "
+            f"({columns_of(row)}); name the right one with --question_column."
         )
     for name, text in row.items():
         if isinstance(text, str) and not is_text(text):
@@ -165,28 +170,63 @@ def parse_row(row: Any, where: str) -> Question:
             f"{where}: the column {images[0]} would not be seen, since the model reads text alone; "
             "leave it out, or train with TRL or verl, which know images."
         )
+    solution, reference = parse_answer(row, where, answer_column)
+    lines = reference.strip().splitlines()
+    if not lines:
+        raise UserError(f"{where}: the final answer is empty.")
+    return Question(question.strip(), lines[0].strip(), solution.strip(), columns=row)
+
+
+def parse_answer(row: dict[str, Any], where: str, column: str) -> tuple[str, str]:
+    """The worked solution of a row, perhaps empty, and its final answer."""
+    answer, only = row.get(column), row.get("answer_only")
+    if column != "answer" and (is_number(answer) or isinstance(answer, str)):
+        solution, _, reference = str(answer).rpartition("####")
+        return solution, reference
     solution, marker, reference = (answer if isinstance(answer, str) else "").rpartition("####")
-    if answer_only is not None:
-        number = (
-            isinstance(answer_only, Number)
-            and not isinstance(answer_only, bool)
-            and math.isfinite(answer_only)
+    if only is not None and column == "answer":
+        if not is_number(only) and not isinstance(only, str):
+            raise UserError(f"{where}: answer_only is {only!r}; it must be a text or a number.")
+        return (solution if marker else reference), str(only)
+    if not isinstance(answer, str):
+        raise UserError(
+            f"{where}: the column {column} is missing or is not text ({columns_of(row)}); name the "
+            "right one with --answer_column."
         )
-        if not number and not isinstance(answer_only, str):
-            raise UserError(
-                f"{where}: answer_only is {answer_only!r}; it must be a text or a number."
-            )
-        solution, reference = solution if marker else reference, str(answer_only)
-    elif not isinstance(answer, str):
-        raise UserError(f"{where}: the column answer is missing or is not text ({has}).")
-    elif not marker:
+    if not marker:
         raise UserError(
             f"{where}: answer has no '#### ' line with the final answer (and there is no "
-            "answer_only)."
+            "answer_only); if another column holds it, name that with --answer_column."
         )
-    if not reference.strip():
-        raise UserError(f"{where}: the final answer is empty.")
-    return Question(question.strip(), reference.strip(), solution.strip(), columns=row)
+    return solution, reference
+
+
+def is_number(value: Any) -> bool:
+    """Whether a cell holds a finite number."""
+    return isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def columns_of(row: dict[str, Any]) -> str:
+    """The names of a row's columns, for a sentence."""
+    return f"the row has: {', '.join(map(str, row)) or 'none'}"
+
+
+def check_references(questions: list[Question], dataset: str) -> None:
+    """Say how many final answers are no number; UserError where no completion could match any."""
+    odd = [q.reference for q in questions if not states_number(q.reference)]
+    if not odd:
+        return
+    example = min(odd, key=lambda text: len(text.split()))  # one that looks most like an answer
+    if len(odd) == len(questions) and len(example.split()) > 1:
+        raise UserError(
+            f"None of the final answers of {dataset} is a number or a single word, as in "
+            f"{odd[0][:80]!r}: no completion would match them; name the column of the final answer "
+            "with --answer_column."
+        )
+    print(
+        f"{len(odd)} of {len(questions)} final answers are no number, such as {odd[0][:80]!r}: an "
+        "answer must have the same words"
+    )
 
 
 def with_difficulty(questions: list[Question]) -> list[Question]:
@@ -200,102 +240,6 @@ def with_difficulty(questions: list[Question]) -> list[Question]:
         "" if not s else "easy" if s <= low else "middle" if s <= high else "hard" for s in steps
     ]
     return [replace(q, difficulty=label) for q, label in zip(questions, labels, strict=True)]
-
-
-def with_prompts(
-    questions: list[Question], tokenizer: Any, system_prompt: str, max_prompt_tokens: int
-) -> tuple[list[Question], int]:
-    """Add each question's prompt; leave out those that are too long.
-
-    Returns:
-        the questions that fit, and how many did not.
-    Raises:
-        UserError: if none fits.
-    """
-    prompts = [build_prompt(question.question, tokenizer, system_prompt) for question in questions]
-    # A chat template writes its own special tokens; a model without one gets those of its
-    # tokenizer.
-    tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    check_tags(system_prompt, tokenizer)
-    fitting = [
-        replace(question, prompt=prompt, prompt_ids=ids)
-        for question, prompt, ids in zip(questions, prompts, tokens, strict=True)
-        if 0 < len(ids) <= max_prompt_tokens
-    ]
-    if not any(tokens):
-        raise UserError(
-            "Every prompt is empty: the model's chat template or tokenizer makes no tokens of a "
-            "question."
-        )
-    if not fitting:
-        raise UserError(
-            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: "
-            f"{min(map(len, tokens))} tokens); raise it."
-        )
-    return fitting, len(questions) - len(fitting)
-
-
-def check_tags(system_prompt: str, tokenizer: Any) -> None:
-    """UserError if the tags that a system prompt asks for do not survive tokens and decoding."""
-    for tag in dict.fromkeys(TAGS.findall(system_prompt)):
-        ids = tokenizer(f"so {tag} 1", add_special_tokens=False)["input_ids"]
-        if tag not in tokenizer.decode(ids, skip_special_tokens=False):
-            raise UserError(
-                f"--system_prompt asks for {tag}, which this tokenizer cannot write; ask for "
-                "another tag, or choose another model."
-            )
-
-
-def training_questions(config: Config, tokenizer: Any) -> list[Question]:
-    """The questions that a run trains on, with prompts; says how many are left out."""
-    questions = load_questions(resolve_path(config.dataset), "train", config.dataset_config)
-    questions, dropped = with_prompts(
-        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
-    )
-    print(
-        f"{len(questions)} questions; {dropped} left out: prompt longer than "
-        f"{config.max_prompt_tokens} tokens"
-    )
-    return questions
-
-
-def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
-    """The text that the completion continues, from the model's chat template.
-
-    Templates that know no system role, or leave it out, get the system prompt in front of the
-    question. Without a chat template the prompt is the system prompt, the question and the word
-    "Answer:", each in a paragraph of its own.
-    """
-    if not tokenizer.chat_template:
-        parts = (system_prompt, f"Question: {question}", "Answer:")
-        return "\n\n".join(part for part in parts if part)
-    user = {"role": "user", "content": question}
-    messages = [{"role": "system", "content": system_prompt}, user] if system_prompt else [user]
-    try:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if holds(prompt, question) and holds(prompt, system_prompt):
-            return prompt
-    except Exception:  # a template raises what it likes
-        pass
-    user = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
-    try:
-        prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        raise UserError(
-            f"The chat template of the model cannot be used ({error}); mend its "
-            "chat_template.jinja, or remove it to go without one."
-        ) from error
-    if not (holds(prompt, question) and holds(prompt, system_prompt)):
-        raise UserError(
-            f"The chat template of the model drops the question: it makes {prompt[:200]!r} of "
-            f"{question[:80]!r}; mend its chat_template.jinja, or remove it to go without one."
-        )
-    return prompt
-
-
-def holds(prompt: str, text: str) -> bool:
-    """Whether a prompt has the letters and digits of a text, in order. Templates trim, escape."""
-    return NO_LETTERS.sub("", text) in NO_LETTERS.sub("", prompt)
 
 
 class QuestionStream:

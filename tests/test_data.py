@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from support.data import Question, QuestionStream, build_prompt, load_questions, with_prompts
+from support.config import Config
+from support.data import Question, QuestionStream, check_references, load_questions
 from support.errors import UserError
+from support.prompts import build_prompt, with_prompts
 
 
 def write(path, *rows):
@@ -41,6 +43,64 @@ def test_chinese_gsm8k(tmp_path):
     )
     a, b = load_questions(str(path), "train")
     assert (a.reference, a.solution) == ("72", "解") and b.reference == "5"
+
+
+def test_columns_by_name(tmp_path):
+    """`question_zh-cn` of the Chinese GSM8K; `problem` and `solution` of others; in a folder `data` as on the hub."""
+    rows = [
+        {
+            "question": "How many?",
+            "question_zh-cn": "几个？",
+            "answer_only": 6,
+            "problem": "p",
+            "n": "six #### 6",
+        }
+    ]
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", *rows)
+
+    def load(**columns):
+        (found,) = load_questions(str(tmp_path), "train", Config(**columns))
+        return found.question, found.reference, found.solution
+
+    assert load(question_column="question_zh-cn") == ("几个？", "6", "")
+    assert load(question_column="problem", answer_column="n") == ("p", "6", "six")
+    assert load(answer_column="answer_only") == ("How many?", "6", "")
+    with pytest.raises(
+        UserError,
+        match="the column problems is missing.*name the right one with --question_column",
+    ):
+        load(question_column="problems")
+    with pytest.raises(
+        UserError, match="the column answers is missing.*name the right one with --answer_column"
+    ):
+        load(answer_column="answers")
+
+
+def test_the_final_answer_is_the_rest_of_its_line(tmp_path):
+    """MetaMathQA writes `The answer is: 5` once more below; others put a heading there."""
+    for answer in ("s\n#### 5\nThe answer is: 5", "s\n####\n\n5\n## Check"):
+        (found,) = load_questions(
+            str(write(tmp_path / "x.jsonl", {"question": "q", "answer": answer})), "train"
+        )
+        assert found.reference == "5"
+
+
+def test_references_that_are_no_number_are_said(capsys):
+    def references(*texts):
+        check_references([Question("q", text, "") for text in texts], "data.jsonl")
+        return capsys.readouterr().out
+
+    assert references("5", "6 (times)", "3 (square)", "1,000", "七十二") == ""
+    said = (
+        "1 of 2 final answers are no number, such as 'x^2 + 1': an answer must have the same words"
+    )
+    assert said in references("5", "x^2 + 1")
+    assert "2 of 2" in references("Monday", "Tuesday or so"), "words are answers too"
+    with pytest.raises(
+        UserError, match="None of the final answers of data.jsonl .* as in 'see page 5 or 6'"
+    ):
+        references("see page 5 or 6", "as above")
 
 
 @pytest.mark.parametrize(
@@ -129,13 +189,33 @@ def test_prompts(tokenizer):
         with_prompts(questions(2), tokenizer, "", 2)
 
 
+def test_an_end_token_behind_every_prompt_is_left_out(tokenizer):
+    """As Llama's tokenizers put it there, if they are told to: the completion would begin after the end."""
+
+    class Appends:
+        chat_template, eos_token, eos_token_id = None, tokenizer.eos_token, tokenizer.eos_token_id
+
+        def __call__(self, texts, **settings):
+            ids = tokenizer(texts, **settings)["input_ids"]
+            return {"input_ids": [row + [self.eos_token_id] for row in ids]}
+
+    (made,), _ = with_prompts(questions(1), Appends(), "", 128)
+    assert made.prompt_ids[-1] != tokenizer.eos_token_id
+    assert made.prompt_ids == tokenizer("Question: 0\n\nAnswer:")["input_ids"]
+
+
 def test_prompts_of_other_templates(tokenizer):
     template = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ m.content }}]{% endfor %}"
-        assert build_prompt("Q", tokenizer, "S") == "[S\n\nQ]", (
-            "no system role: in front of the question"
+        assert build_prompt("Q", tokenizer, "S") == "[S\n\nQ][", (
+            "no system role: in front of the question; and the answer begins behind a bracket"
         )
+        no_start = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        tokenizer.chat_template = no_start
+        assert build_prompt("Q", tokenizer, "S") == "<system>S</s><user>Q</s><assistant>"
+        tokenizer.chat_template = "{% for m in messages %}{{ '[I] ' + m.content + ' [/I]' if m.role == 'user' else ' ' + m.content }}{% endfor %}"
+        assert build_prompt("Q", tokenizer, "") == "[I] Q [/I]", "no words in front of an answer"
         no_system = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content | trim }}]{% endif %}{% endfor %}"
         tokenizer.chat_template = no_system
         assert build_prompt("How many?", tokenizer, "Be <b>.") == "[Be <b>.\n\nHow many?]", (

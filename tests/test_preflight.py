@@ -15,11 +15,12 @@ from rollout import rollout
 from support import generation
 from support.command_line import parse_config
 from support.config import Config
-from support.data import load_questions, with_prompts
+from support.data import load_questions
 from support.errors import UserError
 from support.model import load_model, pad_rows
 from support.policy import Policy
 from support.preflight import check_sampler, find_fault
+from support.prompts import with_prompts
 
 
 @pytest.fixture(scope="module")

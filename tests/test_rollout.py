@@ -7,10 +7,11 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausa
 from loss import sequences_log_probs
 from rollout import Completion, complete, rollout, trim_at_eos
 from support.config import resolve_path
-from support.data import Question, load_questions, with_prompts
+from support.data import Question, load_questions
 from support.errors import UserError
 from support.generation import Sampling, TokenSampler, end_tokens
 from support.model import load_model
+from support.prompts import with_prompts
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def prompts(tokenizer):
 @pytest.fixture(scope="module")
 def questions(tokenizer):
     """The bundled test questions, with their prompts."""
-    found = load_questions(resolve_path("tiny/task"), "test", "")
+    found = load_questions(resolve_path("tiny/task"), "test")
     return with_prompts(found, tokenizer, "", 128)[0]
 
 

@@ -12,9 +12,10 @@ import train
 from reward import REWARDS, score
 from rollout import Completion, Group, trim_at_eos
 from support.config import SYSTEM_PROMPT, Config
-from support.data import Question, check_tags, with_prompts
+from support.data import Question
 from support.errors import UserError
 from support.model import load_tokenizer
+from support.prompts import check_tags, with_prompts
 
 TINY = ROOT / "tiny" / "model"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -1,0 +1,137 @@
+"""Prompts: the text that a completion continues, from the model's chat template; and as tokens."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from support.config import Config, resolve_path
+from support.data import Question, check_references, load_questions
+from support.errors import UserError
+
+NO_LETTERS = re.compile(r"[\W_]+")
+TAGS = re.compile(r"</?[a-z]+>")
+SAID = "answer-of-the-assistant"  # in a rendered chat: where an answer would stand
+
+
+def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
+    """The text that the completion continues, from the model's chat template.
+
+    Templates that know no system role, or leave it out, get the system prompt in front of the
+    question; those that have no generation prompt, the words that they put in front of an answer.
+    Without a chat template the prompt is the system prompt, the question and the word "Answer:",
+    each in a paragraph of its own.
+    """
+    if not tokenizer.chat_template:
+        parts = (system_prompt, f"Question: {question}", "Answer:")
+        return "\n\n".join(part for part in parts if part)
+    user = {"role": "user", "content": question}
+    messages = [{"role": "system", "content": system_prompt}, user] if system_prompt else [user]
+    try:
+        prompt = render(messages, tokenizer)
+        if holds(prompt, question) and holds(prompt, system_prompt):
+            return prompt
+    except Exception:  # a template raises what it likes
+        pass
+    user = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
+    try:
+        prompt = render([user], tokenizer)
+    except Exception as error:
+        raise UserError(
+            f"The chat template of the model cannot be used ({error}); mend its "
+            "chat_template.jinja, or remove it to go without one."
+        ) from error
+    if not (holds(prompt, question) and holds(prompt, system_prompt)):
+        raise UserError(
+            f"The chat template of the model drops the question: it makes {prompt[:200]!r} of "
+            f"{question[:80]!r}; mend its chat_template.jinja, or remove it to go without one."
+        )
+    return prompt
+
+
+def render(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    """Messages as the template writes them, up to where the answer begins."""
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if "add_generation_prompt" in str(tokenizer.chat_template):
+        return prompt
+    answered = [*messages, {"role": "assistant", "content": SAID}]
+    try:
+        chat = tokenizer.apply_chat_template(answered, tokenize=False)
+    except Exception:  # a template raises what it likes
+        return prompt
+    start, said, _ = chat.partition(SAID)
+    has_words = said and start.startswith(prompt) and start[len(prompt) :].strip()
+    return start if has_words else prompt
+
+
+def without_end(ids: list[int], prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt without an end token that the tokenizer appends to every text."""
+    end = tokenizer.eos_token_id
+    if ids and ids[-1] == end and not prompt.rstrip().endswith(tokenizer.eos_token or "\0"):
+        return ids[:-1]
+    return ids
+
+
+def holds(prompt: str, text: str) -> bool:
+    """Whether a prompt has the letters and digits of a text, in order. Templates trim, escape."""
+    return NO_LETTERS.sub("", text) in NO_LETTERS.sub("", prompt)
+
+
+def with_prompts(
+    questions: list[Question], tokenizer: Any, system_prompt: str, max_prompt_tokens: int
+) -> tuple[list[Question], int]:
+    """Add each question's prompt; leave out those that are too long.
+
+    Returns:
+        the questions that fit, and how many did not.
+    Raises:
+        UserError: if none fits.
+    """
+    prompts = [build_prompt(question.question, tokenizer, system_prompt) for question in questions]
+    # A chat template writes its own special tokens; a model without one gets those of its
+    # tokenizer.
+    tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    tokens = [
+        without_end(ids, prompt, tokenizer) for ids, prompt in zip(tokens, prompts, strict=True)
+    ]
+    check_tags(system_prompt, tokenizer)
+    fitting = [
+        replace(question, prompt=prompt, prompt_ids=ids)
+        for question, prompt, ids in zip(questions, prompts, tokens, strict=True)
+        if 0 < len(ids) <= max_prompt_tokens
+    ]
+    if not any(tokens):
+        raise UserError(
+            "Every prompt is empty: the model's chat template or tokenizer makes no tokens of a "
+            "question."
+        )
+    if not fitting:
+        raise UserError(
+            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: "
+            f"{min(map(len, tokens))} tokens); raise it."
+        )
+    return fitting, len(questions) - len(fitting)
+
+
+def check_tags(system_prompt: str, tokenizer: Any) -> None:
+    """UserError if the tags that a system prompt asks for do not survive tokens and decoding."""
+    for tag in dict.fromkeys(TAGS.findall(system_prompt)):
+        ids = tokenizer(f"so {tag} 1", add_special_tokens=False)["input_ids"]
+        if tag not in tokenizer.decode(ids, skip_special_tokens=False):
+            raise UserError(
+                f"--system_prompt asks for {tag}, which this tokenizer cannot write; ask for "
+                "another tag, or choose another model."
+            )
+
+
+def training_questions(config: Config, tokenizer: Any) -> list[Question]:
+    """The questions that a run trains on, with prompts; says what is left out, and what is odd."""
+    questions = load_questions(resolve_path(config.dataset), "train", config)
+    check_references(questions, config.dataset)
+    questions, dropped = with_prompts(
+        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
+    )
+    print(
+        f"{len(questions)} questions; {dropped} left out: prompt longer than "
+        f"{config.max_prompt_tokens} tokens"
+    )
+    return questions
