@@ -54,6 +54,17 @@ def has_fallen(values: list[float]) -> bool:
     return fall > max(0.2 * abs(best), 6 * math.sqrt(noise * (1 / 5 + 1 / 10)))
 
 
+def has_stayed_flat(values: list[float]) -> bool:
+    """From step 100 on: the mean of 20 steps is not above that of the first 20, beyond noise.
+
+    2 standard errors. Once the first steps are forgotten there is nothing to compare with.
+    """
+    if not 100 <= len(values) < LONGEST:
+        return False
+    noise = fmean((b - a) ** 2 / 2 for a, b in zip(values, values[1:], strict=False))
+    return fmean(values[-20:]) - fmean(values[:20]) <= 2 * math.sqrt(noise * 2 / 20)
+
+
 def has_collapsed(values: list[float]) -> bool:
     """The mean of 5 steps is below a third of what it was 20 steps before."""
     return len(values) >= 25 and fmean(values[-5:]) < fmean(values[-25:-20]) / 3
@@ -108,6 +119,14 @@ ALARMS = {
         has_fallen,
         "The reward has fallen by a fifth or more from its best: start again from an earlier "
         "checkpoint (--model runs/NAME/checkpoint-STEP) with a lower lr or a higher kl_weight.",
+    ),
+    "reward_flat": Alarm(
+        "rollout/returns",
+        "from step 100: mean of 20 steps not above that of the first 20, beyond noise",
+        has_stayed_flat,
+        "The reward has not risen since the run began. Read the samples: if no answer is right, "
+        "easier questions or a warm start (sft.py); if nearly all are, harder questions; else raise "
+        "lr or group_size.",
     ),
     "length_explodes": Alarm(
         "rollout/completion_tokens",

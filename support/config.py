@@ -169,7 +169,8 @@ class Config:
         "weight of the reward compared with its group (grpo: 1)", at_least=0
     )
     baseline_reward_weight: float | None = objective_option(
-        "weight of the uncompared reward, added to that (grpo: 0)", at_least=0
+        "weight of the completion's own reward, added to that; not of its group's mean (grpo: 0)",
+        at_least=0,
     )
     whiten_advantages: bool | None = objective_option(
         "at last give the advantages mean 0 and std 1 over the rollout"

@@ -99,8 +99,9 @@ GLOSSARY = {
         "Mean advantage. 0 by construction where rewards are compared with their group's mean."
     ),
     "rollout/advantage_std": (
-        "Standard deviation of the advantages. Near 1 when divided by the group's std; lower by "
-        "the groups without spread."
+        "Standard deviation of the advantages. Divided by the group's std it is √((G - 1) / G) at "
+        "the most (0.94 for groups of 8), since that std divides by G - 1; lower by the groups "
+        "without spread."
     ),
     "eval/accuracy": (
         "Greedy accuracy on held-out questions, strict: the <answer> tag holds the reference."
@@ -268,6 +269,7 @@ CONSOLE = [
     ("clipped", "train/clipped_share", ".3f"),
     ("kl", "train/kl_divergence", ".4f"),
     ("entropy", "train/entropy", ".3f"),
+    ("loss", "train/loss", "+.3f"),
     ("grad", "train/grad_norm", ".2f"),
     ("skipped", "train/skipped_steps", ".0f"),
     ("s", "time/step", ".2f"),

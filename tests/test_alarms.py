@@ -8,7 +8,15 @@ from conftest import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from objectives.table import OBJECTIVES
-from support.alarms import ALARMS, LONGEST, active_alarms, alarms_for, has_fallen, has_jumped
+from support.alarms import (
+    ALARMS,
+    LONGEST,
+    active_alarms,
+    alarms_for,
+    has_fallen,
+    has_jumped,
+    has_stayed_flat,
+)
 from support.monitor import Monitor
 
 HEALTHY = {
@@ -22,7 +30,7 @@ WRONG = {
     "no_spread": [0.7, 0.85, 0.85, 0.85, 0.85], "truncated": [0.5, 0.95, 0.95, 0.95],
     "reward_falls": [0.5, 0.52] * 10 + [0.3, 0.28] * 4, "length_explodes": [100.0] * 20 + [900.0] * 5,
     "length_collapses": [155.0] * 20 + [18.0] * 5, "gradient": [0.5] * 10 + [6.0] * 3, "skipped": [0.0, 1.0],
-    "sampler": [0.03, 0.6, 0.6, 0.6], "unscored": [0.0, 0.9, 0.9, 0.9],
+    "reward_flat": [0.3] * 50 + [0.31] * 30 + [0.3] * 20, "sampler": [0.03, 0.6, 0.6, 0.6], "unscored": [0.0, 0.9, 0.9, 0.9],
 }  # fmt: skip
 
 
@@ -57,6 +65,21 @@ def test_a_spike_is_no_alarm():
     for name in ("kl", "clipped", "gradient", "truncated"):
         good, bad = HEALTHY[ALARMS[name].metric], WRONG[name][-1]
         assert not any(watched(name, ([good] * 4 + [bad]) * 12)), name
+
+
+def test_a_reward_that_stays_flat_is_told_from_one_that_rises():
+    chance = random.Random(1)
+
+    def rate(p):
+        return sum(chance.random() < p for _ in range(64)) / 64
+
+    flat = [[rate(p) for _ in range(150)] for p in (0.05, 0.3, 0.6) for _ in range(20)]
+    rises = [
+        [rate(p + 0.2 * i / 100) for i in range(150)] for p in (0.05, 0.3, 0.6) for _ in range(20)
+    ]
+    assert sum(first(values, has_stayed_flat) is not None for values in flat) >= 55
+    assert sum(first(values, has_stayed_flat) is not None for values in rises) <= 1
+    assert not has_stayed_flat([0.5] * LONGEST), "its beginning is forgotten"
 
 
 def first(values, bad=has_fallen):
@@ -110,7 +133,7 @@ EDGES = {
     "truncated": ([], [0.89] * 3, [0.91] * 3), "reward_falls": ([0.5] * 50, [0.41] * 10, [0.39] * 10),
     "length_explodes": ([100.0] * 20, [399.0] * 5, [401.0] * 5),
     "length_collapses": ([99.0] * 20, [33.5] * 5, [32.5] * 5), "gradient": ([0.5] * 20, [4.9] * 3, [5.1] * 3),
-    "skipped": ([], [0.0], [1.0]), "unscored": ([], [0.49] * 3, [0.51] * 3), "sampler": ([], [0.29] * 3, [0.31] * 3),
+    "reward_flat": ([0.3, 0.34] * 40, [0.346] * 20, [0.328] * 20), "skipped": ([], [0.0], [1.0]), "unscored": ([], [0.49] * 3, [0.51] * 3), "sampler": ([], [0.29] * 3, [0.31] * 3),
 }  # fmt: skip
 
 
