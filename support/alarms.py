@@ -125,8 +125,8 @@ ALARMS = {
         "from step 100: mean of 20 steps not above that of the first 20, beyond noise",
         has_stayed_flat,
         "The reward has not risen since the run began. Read the samples: if no answer is right, "
-        "easier questions or a warm start (sft.py); if nearly all are, harder questions; else raise "
-        "lr or group_size.",
+        "easier questions or a warm start (sft.py); if nearly all are, harder questions; else a "
+        "higher lr or a larger group_size.",
     ),
     "length_explodes": Alarm(
         "rollout/completion_tokens",

@@ -16,7 +16,7 @@ from functools import lru_cache
 from support.equation import conclusion
 from support.plain_text import CHARACTERS, plain
 from support.units import Unit, factor, read_unit
-from support.words import ANOTHER_NUMBER, CHANGES, HAN, WORDS, keep_its_meaning
+from support.words import ANOTHER_NUMBER, CHANGES, DENIALS, HAN, WORDS, keep_its_meaning
 
 LONGEST_ANSWER = 320  # characters; more than that is an essay
 
@@ -38,10 +38,17 @@ STATES = re.compile(rf"{BEFORE}{SIGN}(?:{FRACTION}|(?P<number>{NUMBER})){AFTER}"
 # cost).
 SUM = re.compile(r"(?:[\d\s.()+*/÷^%$€£¥₹-]|,(?=\d{3}(?!\d)))*")
 NAME = re.compile(rf"([{LETTER} .,:']*?)(?:\b[A-Za-z])? ?")
-DIGIT = re.compile(r"\d|[零〇一二两三四五六七八九十百千万亿]")
-SENTENCE = re.compile(r"(?<=[a-z\d)][.!]) |(?<=[。！])")
-JOINS = re.compile(r"\b(?:and|or|to|through)\b")
-JOINED = re.compile(r"[-+*/=<>^×÷]\s*\$?\s*\Z|\b(?:or|not|to)\s*\Z")
+DIGIT = re.compile(r"\d|[一二两三四五六七八九十]")
+SENTENCE = re.compile(r"(?<=[a-z\d)*$%][.!]) +")
+JOINED = re.compile(
+    r"[-+*/=<>^÷]\s*\$?\s*\Z|(?:\A|\s)(?:and|or|not|to|of|of the|through)\s*\Z"
+    r"|[和或到至与]\s*\Z"
+)
+CONCLUDES = re.compile(
+    r"\b(?:so|therefore|thus|hence|total|altogether|in all|is|are|was|were|makes?|leaves?|left|equals?"
+    r"|answer|result|have|has|will|needs?|costs?|earns?)\b|所以|因此|共|是|有|得|剩|为|需要",
+    re.IGNORECASE,
+)
 COMMENT = re.compile(rf"\([{LETTER} ,.'-]*\)")  # 6 (times)
 
 
@@ -176,31 +183,36 @@ def is_correct(completion: str, reference: str, truncated: bool = False) -> bool
 
 
 def is_correct_flexible(completion: str, reference: str, truncated: bool = False) -> bool:
-    """Flexible: the answer tag, or without one what the last line with a number states.
+    """Flexible: the answer tag, or without one what the last sentence with a number states.
 
-    Where a line has several numbers and no equation, the last one counts, if the words around it
-    leave it as it is. A completion that was cut off has not come to its answer.
+    Where it has several numbers and no equation, the last one counts if the sentence concludes
+    (CONCLUDES) and the words around the number leave it as it is. A completion that was cut off has
+    not come to its answer.
     """
     answer = find_answer(completion, truncated)
     if answer is not None:
         return same_answer(answer, reference)
-    lines = [line for line in completion[-10 * LONGEST_ANSWER :].splitlines() if DIGIT.search(line)]
+    tail = completion[-10 * LONGEST_ANSWER :].translate(CHARACTERS).strip()
+    lines = [line for line in tail.splitlines() if DIGIT.search(line)]
     if truncated or not lines or len(lines[-1]) > 5 * LONGEST_ANSWER:
         return False
-    sentences = [s for s in SENTENCE.split(lines[-1]) if DIGIT.search(s)]
+    sentences = SENTENCE.split(lines[-1])
+    while not DIGIT.search(sentences[-1]):
+        if not keep_its_meaning("", sentences.pop(), DENIALS):  # `18. That is wrong.`
+            return False
     return same_answer(sentences[-1], reference) or same_answer(
-        after_the_numbers(sentences[-1]), reference
+        last_number(sentences[-1]), reference
     )
 
 
-def after_the_numbers(sentence: str) -> str:
-    """The last number of a sentence with the words since the one before it; or nothing.
+def last_number(sentence: str) -> str:
+    """The last number of a sentence that concludes, with the words since the one before it.
 
-    Nothing where the two are joined: `17 or 18`, `17, 18`, `48 - 24`.
+    Nothing where the two are joined: `17 or 18`, `17, 18`, `48 - 24`, `15 of 18`.
     """
-    numbers = list(re.finditer(NUMBER, sentence.translate(CHARACTERS)))
-    if len(numbers) < 2:
+    numbers = list(re.finditer(NUMBER, sentence))
+    if len(numbers) < 2 or not CONCLUDES.search(sentence):
         return ""
     between = sentence[numbers[-2].end() : numbers[-1].start()]
-    joined = not re.search(rf"[A-Za-z]{{2}}|[{HAN}]", JOINS.sub("", between))
-    return "" if joined or JOINED.search(between) else sentence[numbers[-2].end() :].lstrip("%.,")
+    joined = JOINED.search(between) or not re.search(rf"[A-Za-z]{{2}}|[{HAN}]", between)
+    return "" if joined else sentence[numbers[-2].end() :].lstrip("%.,")

@@ -70,6 +70,7 @@ def test_strict_and_flexible():
     for text in (
         "48+24 makes 72.", "the total is 1,000, all told", "She sold 48, then 24.\nThat makes 72 clips.",
         "He has 48. He gets 24. So he has 48 + 24 = 72 clips.", "#### 72", "\\boxed{72}", "一共有72个。",
+        "½ of 144 is 72.", "48 + 24 = 72. She does this every day.", "小明有48个，小红有24个，所以一共有72个。",
         "48 clips and then 24 clips make 72 clips", "So the answer is **$72**", "<answer>72</answer> 5",
     ):  # fmt: skip
         assert is_correct_flexible(text, "1000" if "1,000" in text else "72"), text
@@ -77,7 +78,8 @@ def test_strict_and_flexible():
         "72 and then 71", "not 72", "The answer is not 72.", "71 or 72", "71, 72", "71 and 72", "72 thousand",
         "72 and a half", "72x", "from 96 - 24 to 72", "at least 72", "72 <answer>71</answer>", "no number",
         "172 " + "x" * 1998, "172" + "x " * 999, "48 + 24", "between 70 and 72", "72?", "不是72", "71或72",
-        "72 is wrong", "x > 72",
+        "72 is wrong", "x > 72", "9 * 8 = 72. So this is not the answer.", "72. That is wrong.", "He had 72 apples and ate 3",
+        "He had 3 apples and ate 72", "15 of the 72 apples", "71到72", "So she needs 71 or 72 of them.",
     ):  # fmt: skip
         assert not is_correct_flexible(text, "72"), text
     assert not is_correct_flexible("So far she has 72", "72", truncated=True), (
