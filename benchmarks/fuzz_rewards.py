@@ -8,6 +8,11 @@ joined, repeated, cut and nested by a seeded generator; a few are megabytes long
 coverage: atheris mutates bytes towards parts of answers.py and reward.py that no text has reached
 yet. atheris is optional (pip install atheris); without it the grammar makes all.
 
+And texts that no person can credit, with their references: one of several numbers (`72 or 73`), a
+number that is denied, changed or bounded (`not 72`, `72 and a half`, `at least 72`), in another
+unit, or in a sum that is not finished, in sentences and in tags, in English and in Chinese. None
+may be credited, strictly or flexibly.
+
 Each text goes through every reward of reward.py and through what is below them, half of the time
 with a reference that is hostile too. What is returned must be finite numbers of the right type.
 Times are of this thread alone, so that other programs do not count. Then the texts that look worst
@@ -72,7 +77,7 @@ def functions() -> dict[str, Callable[[str, str], Any]]:
 
         return run
 
-    others = {"completion_ids": [[1]], "max_new_tokens": 9}
+    others = {"completion_ids": [[1]], "truncated": [False], "max_new_tokens": 9}
 
     def through(function: Callable[..., list]) -> Callable[[str, str], float]:
         return lambda text, reference: function(
@@ -169,6 +174,72 @@ def from_grammar(cases: int, seed: int) -> dict[str, Tally]:
     return tallies
 
 
+# --------------------------------------------------------------------- wrong on purpose
+
+# {a} is the number of the reference, {b} another one. No person would say that {a} is stated.
+WRONG = (
+    "{a} or {b}", "{b} or {a}", "either {a} or {b}", "{a}, {b}", "{b}, {a}", "{a} and {b}",
+    "{a} {b}",
+    "{b} {a}", "{a}; {b}", "{a}-{b}", "{b} to {a}", "between {b} and {a}", "not {a}",
+    "It is not {a}",
+    "never {a}", "{a} is wrong", "no {a}", "anything but {a}", "anything except {a}",
+    "at least {a}",
+    "at most {a}", "more than {a}", "less than {a}", "up to {a}", "over {a}", "{a} and a half",
+    "{a} thousand", "{a} million", "{a} dozen", "{a}k", "{a} squared", "{a}^2", "{a}x", "x{a}",
+    "2x = {a}",
+    "x + 5 = {a}", "x > {a}", "x != {a}", "-{a}", "minus {a}", "{a}/{b}", "{b}/{a}", "{a}.5",
+    "0.{a}", "{a}%{b}",
+    "half of {a}", "twice {a}", "the square root of {a}", "{a} + {b}", "{b} - {a}", "{a} * {b}",
+    "{a} - {b} = ?",
+    "{b} + 1 = {a} or {b}", "not {p} + {q} = {a}", "{p} + {q} = {a} or {b}",
+    "{p} + {q} = {a} + {b}",
+    "{p} + {q} = {a}?", "{p} + {q} = {a} is wrong", "{p} + {q} = {a}, not",
+    "{p} + {q} = {a} thousand",
+    "{p} + {q} = {a}, {p} + {b} = {c}", "{p} + {q} = {a} and {b} more", "x + {p} + {q} = {a}",
+    "{a}个或{b}个", "{a}或者{b}", "{b}、{a}", "不是{a}", "没有{a}个", "不到{a}", "超过{a}个",
+    "至少{a}", "最多{a}元",
+    "{a}左右", "{a}多个",
+    "{a}万", "{a}分之一", "{a}的一半", "{a}个和{b}个", "{a}还是{b}", "不等于{a}",
+    "{p}+{q}={a}或{b}", "{a}以上",
+    "负{a}",
+)  # fmt: skip
+UNITS = (
+    ("{a} miles", "{a} km"), ("{a} cents", "{a} dollars"), ("${a}", "{a} cents"),
+    ("{a} hours", "{a} minutes"),
+    ("{a} kg", "{a} g"), ("{a} feet", "{a} square feet"), ("{a}元", "{a}角"), ("{a}千米", "{a}米"),
+    ("€{a}", "${a}"),
+)  # fmt: skip
+AROUND = (
+    "{}", " {} ", "{}.", "**{}**", "The answer is {}", "So the answer is {}.", "Answer: {}",
+    r"\boxed{{{}}}", "${}$",
+    "She has {} apples", "In total {} clips were sold", "\n{}\n", "答案是{}", "所以一共{}。",
+    "`{}`",
+    "Therefore, it is {}!",
+)  # fmt: skip
+
+
+def wrong_on_purpose(cases: int, seed: int) -> tuple[int, list[str]]:
+    """How many of `cases` wrong texts were credited, and the first of them."""
+    from support.answers import is_correct, is_correct_flexible
+
+    rng, credited = random.Random(seed), []
+    for _ in range(cases):
+        p, q = rng.randrange(2, 500), rng.randrange(2, 500)
+        b = rng.choice([n for n in (p + q + 1, p + q - 1, p, 7 * q + 3) if n != p + q])
+        numbers = {"a": p + q, "b": b, "c": p + b, "p": p, "q": q}
+        text, reference = rng.choice(WRONG), "{a}"
+        if rng.random() < 0.1:
+            text, reference = rng.choice(UNITS)
+        text, reference = text.format(**numbers), reference.format(**numbers)
+        text = rng.choice(AROUND).format(text)
+        tagged = f"<think>{rng.choice(PIECES)}</think><answer>{text}</answer>"
+        if is_correct(tagged, reference):
+            credited.append(f"{tagged!r} for {reference}")
+        if is_correct_flexible(text, reference):
+            credited.append(f"{text!r} without a tag for {reference}")
+    return len(credited), credited[:20]
+
+
 # --------------------------------------------------------------------- guided by coverage
 
 
@@ -176,7 +247,7 @@ def child(cases: int, seed: int, folder: Path) -> None:
     """In a process of its own, which libFuzzer ends: `cases` texts, then the tallies in a file."""
     import atheris
 
-    with atheris.instrument_imports(include=["reward", "support.answers"]):
+    with atheris.instrument_imports(include=["reward", "support.answers", "support.equation"]):
         calls = functions()
     tallies = {name: Tally() for name in calls}
     seen = 0
@@ -253,10 +324,11 @@ def report(
     ways: dict[str, dict[str, Tally]],
     cases: dict[str, int],
     notes: list[str],
+    credited: tuple[int, list[str]],
     argv: list[str],
     out: Path,
 ) -> bool:
-    """Print and write results/fuzz.md; whether there was no exception and nothing grows."""
+    """Print and write results/fuzz.md; whether nothing was found."""
     linear = {
         name: [worst_at(function, 1000 * size) for size in SIZES]
         for name, function in functions().items()
@@ -277,6 +349,10 @@ def report(
         "garbage collector or of the machine.",
         *notes,
         "",
+        f"{sum(cases.values()):,} texts that no person can credit, inside an answer tag and "
+        f"without one: **{credited[0]} credited**.",
+        *(f"- {text}" for text in credited[1]),
+        "",
         *tally_table(ways),
         "",
         f"µs per kB of the worst of {len(WORST)} texts that look worst (one piece, repeated), "
@@ -288,7 +364,7 @@ def report(
     print("\n".join(lines))
     print("\n".join(tally.first for tally in every if tally.first))
     write_lines(out / "fuzz.md", lines)
-    return not wrong and not growing
+    return not wrong and not growing and not credited[0]
 
 
 def read_flags(argv: list[str]) -> argparse.Namespace:
@@ -323,7 +399,8 @@ def main(argv: list[str]) -> None:
     if guided:
         cases["guided by coverage"] = guided
         ways["guided by coverage"] = from_atheris(guided, args.seed)
-    if not report(ways, cases, notes, argv, args.out):
+    credited = wrong_on_purpose(args.cases, args.seed)
+    if not report(ways, cases, notes, credited, argv, args.out):
         sys.exit(1)
 
 

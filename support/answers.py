@@ -45,8 +45,8 @@ JOINED = re.compile(
     r"|[和或到至与]\s*\Z"
 )
 CONCLUDES = re.compile(
-    r"\b(?:so|therefore|thus|hence|total|altogether|in all|is|are|was|were|makes?|leaves?|left|equals?"
-    r"|answer|result|have|has|will|needs?|costs?|earns?)\b|所以|因此|共|是|有|得|剩|为|需要",
+    r"\b(?:so|therefore|thus|hence|total|altogether|in all|is|are|was|were|makes?|leaves?|left"
+    r"|equals?|answer|result|have|has|will|needs?|costs?|earns?)\b|所以|因此|共|是|有|得|剩|为|需要",
     re.IGNORECASE,
 )
 COMMENT = re.compile(rf"\([{LETTER} ,.'-]*\)")  # 6 (times)

@@ -24,7 +24,7 @@ from support.words import (
 VALUE = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+"
 TOKEN = re.compile(
     rf"(?P<mixed>\d+ \d+/\d+(?![\d/]))|(?P<number>(?:{VALUE})(?:e\d{{1,2}})?(?![\d.]*\d))"
-    rf"|(?P<word>[A-Za-z{HAN}](?:[A-Za-z{HAN}&']|-(?=[A-Za-z{HAN}]))*[²³]?"
+    rf"|(?P<word>[A-Za-z](?:[A-Za-z&']|-(?=[A-Za-z]))*[²³]?|[{HAN}]+[²³]?"
     rf"|/(?= ?[A-Za-z{HAN}])|[$€£¥₹¢°#\"'`])"
     r"|(?P<sign>[+*/÷-])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<equals>=)|(?P<percent>%)"
     r"|(?P<break>[,.;:!?])|(?P<other>\S)"
