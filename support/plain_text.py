@@ -114,6 +114,57 @@ def number_in(text: str) -> str | None:
     return text if text.replace(".", "").isdecimal() else chinese_number(text)
 
 
+# ------------------------------------------------------------------------------- English numbers
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+SMALL = {word: value for value, word in enumerate(ONES.split())}
+SMALL |= {word: 10 * tens for tens, word in enumerate(TENS.split(), 2)}
+LARGE = {"hundred": 100, "thousand": 1000, "million": 10**6}
+SPELLED = "|".join([*SMALL, *LARGE])
+ENGLISH = re.compile(
+    rf"\b(?:{SPELLED})(?:(?:-| and | )(?:{SPELLED}))*\b(?![ -](?:{SPELLED}))",
+    re.IGNORECASE,
+)
+
+
+def english_to_digits(text: str) -> str:
+    """`twenty-five apples` as 25 apples, in a text without digits; `no one` has no number."""
+    if re.search(r"\d", text) or not re.search(SPELLED, text, re.IGNORECASE):
+        return text
+
+    def number(found: re.Match[str]) -> str:
+        pronoun = found[0].lower() == "one" and found.start() > 0  # no one, this one
+        return found[0] if pronoun else english_number(found[0]) or found[0]
+
+    return ENGLISH.sub(number, text)
+
+
+def english_number(text: str) -> str | None:
+    """`two hundred and five` as "205"; None for words that are no number in this order."""
+    words = re.split(r" and |[- ]", text.lower())
+    total, section, last = 0, 0, 0
+    for word in words:
+        if word in SMALL:
+            value = SMALL[word]
+            tens_before = last in (20, 30, 40, 50, 60, 70, 80, 90) and 0 < value < 10
+            if not (tens_before or last in (0, 100, 1000, 10**6)):
+                return None
+            section, last = section + value, value or -1
+        elif LARGE[word] == 100:
+            if not 0 < section < 10:
+                return None
+            section, last = section * 100, 100
+        else:
+            if not 0 < section < 1000 or (total and LARGE[word] >= 10**6):
+                return None
+            total, section, last = total + section * LARGE[word], 0, LARGE[word]
+    return str(total + section)
+
+
 # --------------------------------------------------------------------- other ways of writing
 
 AMOUNT = r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:e\d+)?(?!\d)"
@@ -155,7 +206,8 @@ PLAINER = [(re.compile(pattern), plain_way) for pattern, plain_way in (
 
 def plain(text: str) -> str:
     """`text` on one line, in its plainest writing."""
-    text = chinese_to_digits(" ".join(text.translate(CHARACTERS).split()))
+    text = " ".join(text.translate(CHARACTERS).split())
+    text = english_to_digits(chinese_to_digits(text))
     for pattern, plain_way in PLAINER:
         text = pattern.sub(plain_way, text)
     return " ".join(text.split())

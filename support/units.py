@@ -1,7 +1,7 @@
 """Units behind a number: two answers with different ones are different, a missing one is forgiven.
 
 60 minutes are 1 hour, and 5 miles are not 5 km. A word that is not in the table (apples) is no
-unit. `pounds`, `minutes` of arc, `分` and `度` mean several things, so they are left out.
+unit, but it is not one of money or length either. `pounds`, `分` and `度` mean several things.
 """
 
 import re
@@ -51,6 +51,12 @@ UNITS = {
     for names, size in rows.items()
     for name in names.split()
 }
+AMBIGUOUS = "pound pounds 分 度 点 °"
+# Words that may follow a number and say nothing of what it is a number of.
+NO_NOUN = word_set(
+    f"{AMBIGUOUS} in total left each per a an every of more altogether for is are was were and so "
+    "on to by from at now still remaining only too as well all that"
+)
 SPEEDS = {"mph": "miles/hour", "kmh": "km/hour", "kph": "km/hour", "mpg": "miles/gallon"}
 UNIT = re.compile(
     rf"[ -]?(?:us )?(?P<name>[$€£¥₹¢%]|°[cf]?|[a-z]+(?:\.[a-z]\.)?|[{HAN}]+)\.?"
@@ -62,7 +68,7 @@ NAMES = word_set(
     "January February March April May June July August September October November December Monday "
     "Tuesday Wednesday Thursday Friday Saturday Sunday"
 )
-NAME = re.compile(rf"\b(?:{'|'.join(sorted(NAMES))})\b")
+NAME = re.compile(rf"\b(?:{'|'.join(sorted(NAMES))})\b|上午|下午|早上|晚上|凌晨")
 CLOCK = re.compile(r"[ \d]([ap])\.?m\b\.?", re.IGNORECASE)
 
 
@@ -73,6 +79,7 @@ class Unit:
     over: tuple[str, int, Fraction] | None = None  # what is measured, its power, and the size
     under: tuple[str, int, Fraction] | None = None  # miles per hour
     names: frozenset[str] = field(default_factory=frozenset)  # May, Monday, pm
+    noun: bool = False  # a word follows that is no unit: 5 apples
 
 
 def read_unit(before: str, after: str) -> Unit:
@@ -90,7 +97,7 @@ def read_unit(before: str, after: str) -> Unit:
         rest = "/" + rest
     per = PER.match(rest)
     over, under = size_of(name, found["power"]), size_of(per["name"], None) if per else None
-    return Unit(over, under, frozenset(names))
+    return Unit(over, under, frozenset(names), over is None and name not in NO_NOUN)
 
 
 def size_of(name: str, power: str | None) -> tuple[str, int, Fraction] | None:
@@ -114,6 +121,8 @@ def factor(answer: Unit, reference: Unit) -> Fraction | None:
         return None
     ratio = Fraction(1)
     for mine, its, sign in ((answer.over, reference.over, 1), (answer.under, reference.under, -1)):
+        if its and not mine and answer.noun and sign == 1:
+            return None
         if mine and its:
             if mine[:2] != its[:2]:
                 return None

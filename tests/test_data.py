@@ -3,11 +3,16 @@
 import json
 
 import pytest
+from conftest import metrics
 
-from support.config import Config
+import train
+from support.config import PRESETS, SYSTEM_PROMPT_ZH, Config
 from support.data import Question, QuestionStream, check_references, load_questions
 from support.errors import UserError
-from support.prompts import build_prompt, with_prompts
+from support.model import load_tokenizer
+from support.prompts import build_prompt, training_questions, with_prompts
+
+CHINESE = {k: v for k, v in PRESETS["gsm8k-zh"].items() if k != "dataset"}
 
 
 def write(path, *rows):
@@ -75,6 +80,27 @@ def test_columns_by_name(tmp_path):
         UserError, match="the column answers is missing.*name the right one with --answer_column"
     ):
         load(answer_column="answers")
+
+
+def test_chinese_gsm8k_trains(tmp_path):
+    """The columns of the hub's dataset, in its folder `data`, through the preset with its Chinese prompt."""
+    rows = [
+        {"question": f"Tom has {n} apples and gets 2. How many?", "answer": f"{n}+2={n + 2}\n#### {n + 2}",
+         "question_zh-cn": f"汤姆有{n}个苹果，又得到2个。一共有几个？", "answer_only": n + 2}
+        for n in range(2, 10)
+    ]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", *rows)
+    train.main([
+        "--preset=gsm8k-zh", f"--dataset={tmp_path}", "--model=tiny/model", "--device=cpu", "--precision=fp32", "--steps=1",
+        "--rollouts_per_step=2", "--group_size=2", "--train_batch_size=4", "--max_new_tokens=8", "--kl_weight=0",
+        "--eval_interval=0", "--checkpoint_interval=0", "--max_prompt_tokens=400", f"--run_dir={tmp_path / 'run'}",
+    ])  # fmt: skip
+    assert len(metrics(tmp_path / "run")) == 1
+    config, tokenizer = Config(dataset=str(tmp_path), **CHINESE), load_tokenizer("tiny/model")
+    (question, *_) = training_questions(config, tokenizer)
+    assert question.reference == "4" and question.columns["answer_only"] == 4
+    assert "汤姆有2个苹果" in question.prompt and SYSTEM_PROMPT_ZH in question.prompt
 
 
 def test_the_final_answer_is_the_rest_of_its_line(tmp_path):

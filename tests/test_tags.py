@@ -11,7 +11,7 @@ import sft
 import train
 from reward import REWARDS, score
 from rollout import Completion, Group, trim_at_eos
-from support.config import SYSTEM_PROMPT, Config
+from support.config import SYSTEM_PROMPT, SYSTEM_PROMPT_ZH, Config
 from support.data import Question
 from support.errors import UserError
 from support.model import load_tokenizer
@@ -100,7 +100,7 @@ def test_tags_that_a_tokenizer_cannot_write_are_said():
     with pytest.raises(UserError, match="asks for <zzz>, which this tokenizer cannot write"):
         check_tags("Answer inside <zzz>.", LosesTag(tokenizer))
     for tag in TAGS:
-        assert tag in SYSTEM_PROMPT
+        assert tag in SYSTEM_PROMPT and tag in SYSTEM_PROMPT_ZH
 
 
 class LosesTag:
