@@ -482,7 +482,6 @@ REWARDS: list[Bad] = [
     (F, "does not take what a reward is given", file("f.py", "def f(prompts, completions): pass")),
     (F, "(missing a required argument: 'colour'); what it is given: prompts, completions", file("f.py", "def f(colour, **columns): pass")),
     (F, "that is TRL's trainer, which is not here; give it the default None", file("f.py", "def f(trainer_state, **columns): pass")),
-    (F, "The reward f returned NoneType; it must return a list", file("f.py", "async def f(**columns): pass")),
     (F, "cannot be run: SystemExit: 0 (f.py, line 1)", file("f.py", "import sys; sys.exit(0)")),
 ]  # fmt: skip
 
