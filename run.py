@@ -34,7 +34,7 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
     """Greedy answers of the model `name`, which is dropped afterwards: never two in the memory."""
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(name)
-    prompted, _ = with_prompts(questions, tokenizer, config.system_prompt, config.max_prompt_tokens)
+    prompted, _ = with_prompts(questions, tokenizer, config)
     if len(prompted) < len(questions):
         raise UserError(
             f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it."

@@ -102,9 +102,7 @@ def main(argv: list[str]) -> None:
     model = load_model(config.model, config.precision, config.gradient_checkpointing)
     check_model(model, tokenizer, config, sequences_log_probs)
     policy = Policy(model, sequences_log_probs)
-    questions, dropped = with_prompts(
-        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
-    )
+    questions, dropped = with_prompts(questions, tokenizer, config)
     for question in questions:
         if not isinstance(target(question), str) or not target(question).strip():
             raise UserError(

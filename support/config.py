@@ -7,6 +7,7 @@ and config_file.py. `python train.py --help` and docs/options.md are made from t
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,10 @@ class Config:
         "", "where the held-out questions are, if not in the dataset's test split"
     )
     system_prompt: str = option(SYSTEM_PROMPT, "first message of every prompt; empty: none")
+    prompt_date: str = option(
+        "",
+        "the day that chat templates print, as 2026-11-25; empty: the day when the run began",
+    )
     max_prompt_tokens: int = option(
         512,
         "questions with longer prompts are left out (with max_new_tokens: tutorial's 1024)",
@@ -283,6 +288,14 @@ class Config:
             check_text(getattr(self, name), f"--{name}", path=True)
         for name in ("dataset_config", "question_column", "answer_column", "system_prompt"):
             check_text(getattr(self, name), f"--{name}")
+        if not self.prompt_date:
+            object.__setattr__(self, "prompt_date", date.today().isoformat())
+        try:
+            date.fromisoformat(self.prompt_date)
+        except ValueError as error:
+            raise UserError(
+                f"--prompt_date is {self.prompt_date!r}; write a day as 2026-11-25."
+            ) from error
         for name in ("model", "dataset"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is empty; give it a folder or a hub name.")

@@ -43,9 +43,7 @@ def held_out_questions(config: Config, tokenizer: Any) -> list[Question]:
             "--eval_dataset, a folder with train.* and test.*, or --eval_interval 0."
         )
     questions = load_questions(name, "test", config)
-    questions, dropped = with_prompts(
-        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
-    )
+    questions, dropped = with_prompts(questions, tokenizer, config)
     if dropped:
         print(
             f"{dropped} held-out questions left out: prompt longer than {config.max_prompt_tokens} "

@@ -1,25 +1,32 @@
 """Prompts: the text that a completion continues, from the model's chat template; and as tokens."""
 
+import json
 import re
 from dataclasses import replace
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 from support.config import Config, resolve_path
 from support.data import Question, check_references, load_questions
 from support.errors import UserError
 
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 NO_LETTERS = re.compile(r"[\W_]+")
 TAGS = re.compile(r"</?[a-z]+>")
 SAID = "answer-of-the-assistant"  # in a rendered chat: where an answer would stand
 
 
-def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
+def build_prompt(question: str, tokenizer: Any, system_prompt: str, date: str = "") -> str:
     """The text that the completion continues, from the model's chat template.
 
     Templates that know no system role, or leave it out, get the system prompt in front of the
     question; those that have no generation prompt, the words that they put in front of an answer.
     Without a chat template the prompt is the system prompt, the question and the word "Answer:",
     each in a paragraph of its own.
+
+    Args:
+        date: as 2026-11-25, for templates that print it; empty: today.
     """
     if not tokenizer.chat_template:
         parts = (system_prompt, f"Question: {question}", "Answer:")
@@ -27,14 +34,14 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
     user = {"role": "user", "content": question}
     messages = [{"role": "system", "content": system_prompt}, user] if system_prompt else [user]
     try:
-        prompt = render(messages, tokenizer)
+        prompt = render(messages, tokenizer, date)
         if holds(prompt, question) and holds(prompt, system_prompt):
             return prompt
     except Exception:  # a template raises what it likes
         pass
     user = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
     try:
-        prompt = render([user], tokenizer)
+        prompt = render([user], tokenizer, date)
     except Exception as error:
         raise UserError(
             f"The chat template of the model cannot be used ({error}); mend its "
@@ -48,19 +55,29 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str) -> str:
     return prompt
 
 
-def render(messages: list[dict[str, str]], tokenizer: Any) -> str:
+def render(messages: list[dict[str, str]], tokenizer: Any, date: str) -> str:
     """Messages as the template writes them, up to where the answer begins."""
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if "add_generation_prompt" in str(tokenizer.chat_template):
+    template = with_date(tokenizer.chat_template, date)
+    chat = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=template)
+    prompt = chat(messages, add_generation_prompt=True)
+    if "add_generation_prompt" in str(template):
         return prompt
     answered = [*messages, {"role": "assistant", "content": SAID}]
     try:
-        chat = tokenizer.apply_chat_template(answered, tokenize=False)
+        answered = chat(answered)
     except Exception:  # a template raises what it likes
         return prompt
-    start, said, _ = chat.partition(SAID)
+    start, said, _ = answered.partition(SAID)
     has_words = said and start.startswith(prompt) and start[len(prompt) :].strip()
     return start if has_words else prompt
+
+
+def with_date(template: Any, date: str) -> Any:
+    """A template that prints this date where it asks for today's."""
+    now = datetime.fromisoformat(date) if date else datetime.now()
+    if not isinstance(template, str):
+        return template
+    return TODAY.sub(lambda found: json.dumps(now.strftime(found[2]), ensure_ascii=False), template)
 
 
 def without_end(ids: list[int], prompt: str, tokenizer: Any) -> list[int]:
@@ -77,7 +94,7 @@ def holds(prompt: str, text: str) -> bool:
 
 
 def with_prompts(
-    questions: list[Question], tokenizer: Any, system_prompt: str, max_prompt_tokens: int
+    questions: list[Question], tokenizer: Any, config: Config
 ) -> tuple[list[Question], int]:
     """Add each question's prompt; leave out those that are too long.
 
@@ -86,18 +103,19 @@ def with_prompts(
     Raises:
         UserError: if none fits.
     """
-    prompts = [build_prompt(question.question, tokenizer, system_prompt) for question in questions]
+    asked = config.system_prompt, config.prompt_date
+    prompts = [build_prompt(question.question, tokenizer, *asked) for question in questions]
     # A chat template writes its own special tokens; a model without one gets those of its
     # tokenizer.
     tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     tokens = [
         without_end(ids, prompt, tokenizer) for ids, prompt in zip(tokens, prompts, strict=True)
     ]
-    check_tags(system_prompt, tokenizer)
+    check_tags(config.system_prompt, tokenizer)
     fitting = [
         replace(question, prompt=prompt, prompt_ids=ids)
         for question, prompt, ids in zip(questions, prompts, tokens, strict=True)
-        if 0 < len(ids) <= max_prompt_tokens
+        if 0 < len(ids) <= config.max_prompt_tokens
     ]
     if not any(tokens):
         raise UserError(
@@ -106,8 +124,8 @@ def with_prompts(
         )
     if not fitting:
         raise UserError(
-            f"Every prompt is longer than --max_prompt_tokens {max_prompt_tokens} (the shortest: "
-            f"{min(map(len, tokens))} tokens); raise it."
+            f"Every prompt is longer than --max_prompt_tokens {config.max_prompt_tokens} (the "
+            f"shortest: {min(map(len, tokens))} tokens); raise it."
         )
     return fitting, len(questions) - len(fitting)
 
@@ -127,9 +145,7 @@ def training_questions(config: Config, tokenizer: Any) -> list[Question]:
     """The questions that a run trains on, with prompts; says what is left out, and what is odd."""
     questions = load_questions(resolve_path(config.dataset), "train", config)
     check_references(questions, config.dataset)
-    questions, dropped = with_prompts(
-        questions, tokenizer, config.system_prompt, config.max_prompt_tokens
-    )
+    questions, dropped = with_prompts(questions, tokenizer, config)
     print(
         f"{len(questions)} questions; {dropped} left out: prompt longer than "
         f"{config.max_prompt_tokens} tokens"

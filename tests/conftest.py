@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from support.config import Config
+
 # The process that only hands out the tests needs no torch: it is imported where it is used.
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +50,7 @@ def model(tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
+BARE = Config(system_prompt="", max_prompt_tokens=128)  # of the bundled task
 FEW: list[Path] = []  # the folder below, for functions that are no fixtures
 
 

@@ -1,9 +1,10 @@
 """support/data.py: rows, files, prompts, and an order that resumes."""
 
 import json
+from datetime import date
 
 import pytest
-from conftest import metrics
+from conftest import BARE, metrics
 
 import train
 from support.config import PRESETS, SYSTEM_PROMPT_ZH, Config
@@ -207,12 +208,33 @@ def test_the_order_is_seeded_and_resumes_from_its_position():
 
 def test_prompts(tokenizer):
     made, dropped = with_prompts(
-        [Question("Tom has 5 apples.", "5", ""), Question("Tom " * 50, "5", "")], tokenizer, "", 20
+        [Question("Tom has 5 apples.", "5", ""), Question("Tom " * 50, "5", "")],
+        tokenizer,
+        Config(system_prompt="", max_prompt_tokens=20),
     )
     assert dropped == 1 and made[0].prompt == "<|user|>Tom has 5 apples.<|end|><|assistant|>"
     assert tokenizer.decode(made[0].prompt_ids) == made[0].prompt
     with pytest.raises(UserError, match="longer than --max_prompt_tokens 2"):
-        with_prompts(questions(2), tokenizer, "", 2)
+        with_prompts(questions(2), tokenizer, Config(system_prompt="", max_prompt_tokens=2))
+
+
+def test_the_date_in_a_template_is_that_of_the_run(tokenizer, tmp_path):
+    """Llama 3.2's template prints the day: a run that is resumed a day later would have other prompts."""
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = (
+            "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}>{% endif %}"
+        )
+        assert build_prompt("Q", tokenizer, "S", "2024-07-26") == "26 Jul 2024|S|Q>"
+        old = Config(system_prompt="S", max_prompt_tokens=128, prompt_date="2024-07-26")
+        assert with_prompts(questions(1), tokenizer, old)[0][0].prompt.startswith("26 Jul 2024")
+    finally:
+        tokenizer.chat_template = template
+    Config().save(tmp_path / "config.yaml")
+    assert f"prompt_date: '{date.today().isoformat()}'" in (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match="--prompt_date is 'Monday'; write a day as 2026-11-25"):
+        Config(prompt_date="Monday")
 
 
 def test_an_end_token_behind_every_prompt_is_left_out(tokenizer):
@@ -225,7 +247,7 @@ def test_an_end_token_behind_every_prompt_is_left_out(tokenizer):
             ids = tokenizer(texts, **settings)["input_ids"]
             return {"input_ids": [row + [self.eos_token_id] for row in ids]}
 
-    (made,), _ = with_prompts(questions(1), Appends(), "", 128)
+    (made,), _ = with_prompts(questions(1), Appends(), BARE)
     assert made.prompt_ids[-1] != tokenizer.eos_token_id
     assert made.prompt_ids == tokenizer("Question: 0\n\nAnswer:")["input_ids"]
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import metrics
+from conftest import BARE, metrics
 
 import evaluate
 import run
@@ -114,9 +114,7 @@ def test_sft_teaches_the_datasets_own_solutions(tmp_path, capsys):
     ]
     sft.main([*flags, "--steps=10", f"--run_dir={folder}"])
     tokenizer = load_tokenizer(str(folder / "model"))
-    questions = sft.with_prompts(sft.load_questions("tiny/task", "test"), tokenizer, "", 128)[0][
-        :50
-    ]
+    questions = sft.with_prompts(sft.load_questions("tiny/task", "test"), tokenizer, BARE)[0][:50]
     assert sft.target(questions[0]).startswith("<think>") and "<<" not in sft.target(questions[0])
     batch = sft.pad_batch([sft.example(q, tokenizer, 48) for q in questions])
     assert (batch.sequences[0] == tokenizer.eos_token_id).any(), "it learns to stop"

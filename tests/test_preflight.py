@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FEW, ROOT
+from conftest import BARE, FEW, ROOT
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -25,9 +25,9 @@ from support.prompts import with_prompts
 
 @pytest.fixture(scope="module")
 def questions(tokenizer):
-    return with_prompts(
-        load_questions(str(ROOT / "tiny" / "task"), "train")[:50], tokenizer, "", 128
-    )[0]
+    return with_prompts(load_questions(str(ROOT / "tiny" / "task"), "train")[:50], tokenizer, BARE)[
+        0
+    ]
 
 
 def check(sampler, policy, tokenizer, questions, temperature=1.0, precision="fp32", **settings):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import BARE
 from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from loss import sequences_log_probs
@@ -28,7 +29,7 @@ def prompts(tokenizer):
 def questions(tokenizer):
     """The bundled test questions, with their prompts."""
     found = load_questions(resolve_path("tiny/task"), "test")
-    return with_prompts(found, tokenizer, "", 128)[0]
+    return with_prompts(found, tokenizer, BARE)[0]
 
 
 def test_groups_in_order(model, tokenizer, prompts):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import FEW, ROOT, metrics
+from conftest import BARE, FEW, ROOT, metrics
 
 import run
 import sft
@@ -69,7 +69,7 @@ def test_end_and_padding_are_no_text():
 def test_a_tag_that_the_prompt_has_opened_counts(tmp_path):
     """Each reward, and whoever looks, sees the completion with it; else `format` is 0 for every one."""
     tokenizer = load_tokenizer(str(copy_of_model(tmp_path / "m", template=open_think)))
-    (question,), _ = with_prompts([Question("Tom has 5 apples.", "5", "")], tokenizer, "", 128)
+    (question,), _ = with_prompts([Question("Tom has 5 apples.", "5", "")], tokenizer, BARE)
     assert question.prompt.endswith("<think>") and question.opened == "<think>"
     group = Group(question, [Completion([1], "5</think><answer>5</answer>", truncated=False)])
     (scored,) = score(
@@ -86,9 +86,7 @@ def test_commands_with_a_tag_that_the_prompt_has_opened(tmp_path, capsys):
     model = copy_of_model(tmp_path / "m", template=open_think)
     run.main([f"--model={model}", "--preset=tiny", "--device=cpu", "--question=Tom has 5 apples."])
     assert "said       <think>" in capsys.readouterr().out, "the bundled model does not close it"
-    (question,), _ = with_prompts(
-        [Question("Q", "2", "1+1=2")], load_tokenizer(str(model)), "", 128
-    )
+    (question,), _ = with_prompts([Question("Q", "2", "1+1=2")], load_tokenizer(str(model)), BARE)
     assert sft.target(question) == "1+1=2</think>\n<answer>2</answer>"
     assert sft.target(Question("Q", "2", "1+1=2")) == "<think>1+1=2</think>\n<answer>2</answer>"
 
