@@ -85,7 +85,9 @@ class Config:
         "rollouts to train for; 233 steps of 32 questions are one pass over GSM8K (tutorial)",
         at_least=1,
     )
-    device: str = option("cuda", "cuda, cpu, or auto: cuda where there is one")
+    device: str = option(
+        "cuda", "cuda, cpu, or auto: cuda, else Apple's GPU (not tried on a Mac), else the CPU"
+    )
 
     # Model
     model: str = option(

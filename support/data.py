@@ -6,13 +6,15 @@ last line is `#### 72`) or a column `answer_only` (the Chinese GSM8K). --questio
 kept and handed to the reward functions.
 """
 
+import csv
+import gzip
 import json
 import math
 import re
 from dataclasses import dataclass, field, replace
 from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from support.answers import states_number
 from support.config import Config
 from support.errors import UserError, is_text
 
-FORMATS = (".jsonl", ".parquet")
+FORMATS = (".jsonl", ".parquet", ".json", ".csv", ".jsonl.gz")
 OPENED = re.compile(r"<(think|thinking|thought|reasoning|answer)>\s*\Z")
 
 
@@ -53,21 +55,25 @@ def load_questions(dataset: str, split: str, config: Config | None = None) -> li
     """Read the questions of one split.
 
     Args:
-        dataset: a .jsonl or .parquet file (then `split` is not looked at), a folder with `train.*`
-            and `test.*`, or the name of a dataset on the Hugging Face hub.
+        dataset: a file in one of FORMATS (then `split` is not looked at), a folder with `train.*`
+            and `test.*`, one that `datasets` has written (save_to_disk), or a hub name.
         split: train or test.
         config: dataset_config, of a hub dataset; question_column and answer_column.
     Raises:
         UserError: a missing file or split; a broken row, named by file and line (or row).
     """
     config, path = config or Config(), Path(dataset).expanduser()
-    if path.is_dir():
+    saved = path.is_dir() and is_saved_by_datasets(path)
+    if path.is_dir() and not saved:
         path = find_split(path, split)
     elif not path.exists() and (path.suffix in FORMATS or dataset.startswith((".", "/", "~"))):
         raise UserError(
             f"There is no file or folder {dataset}; give --dataset a file, a folder or a hub name."
         )
-    rows = read_file(path) if path.exists() else read_hub(dataset, split, config.dataset_config)
+    if saved:
+        rows = read_saved(path, split)
+    else:
+        rows = read_file(path) if path.exists() else read_hub(dataset, split, config.dataset_config)
     if not rows:
         raise UserError(f"{path} holds no questions.")
     columns = config.question_column, config.answer_column
@@ -81,54 +87,102 @@ def find_split(folder: Path, split: str) -> Path:
     files = [
         f
         for f in sorted(folder.iterdir())
-        if f.suffix in FORMATS and f.name.split(".")[0].split("-")[0] == split
+        if f.name.endswith(FORMATS) and f.name.split(".")[0].split("-")[0] == split
     ]
     if len(files) != 1:
         # train.csv, perhaps
         near = files or [f for f in sorted(folder.iterdir()) if f.name.startswith(split)]
         names = ", ".join(f.name for f in near) or "none"
         raise UserError(
-            f"{folder} must hold one {split}.jsonl or {split}.parquet; it holds {names}."
+            f"{folder} must hold one {split}.jsonl, .parquet, .json or .csv; it holds {names}."
         )
     return files[0]
 
 
+def is_saved_by_datasets(folder: Path) -> bool:
+    """Whether a folder was written by the `save_to_disk` of datasets."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def read_saved(folder: Path, split: str) -> list[tuple[dict, str]]:
+    """Rows of a folder that `datasets` has written."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets has many kinds for a damaged file
+        raise UserError(f"{folder} cannot be read: {first_line(error)}.") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise UserError(f"{folder} has no split {split}; it has {', '.join(found)}.")
+        found = found[split]
+    return [(row, f"{folder}, {split} row {i}") for i, row in enumerate(found, 1)]
+
+
 def read_file(path: Path) -> list[tuple[dict, str]]:
     """Rows of a local file, each with the words that name its place."""
-    if path.suffix not in FORMATS:
-        raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them.")
+    if not path.name.endswith(FORMATS):
+        raise UserError(
+            f"{path} is neither .jsonl, .parquet, .json nor .csv; convert it to one of them."
+        )
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = str(error).rstrip(".\n")
-            raise UserError(
-                f"{path} cannot be read as Parquet: {reason}; write or download it again."
-            ) from error
-        return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
-    rows = []
+        return read_parquet(path)
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
         # Windows programs put a mark at the beginning.
-        with path.open(encoding="utf-8-sig") as lines:
-            for i, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append((json.loads(line), f"{path}, line {i}"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
+            if path.suffix == ".csv":
+                rows = csv.DictReader(lines)
+                return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+            return read_json(path, lines)
+    except (OSError, EOFError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read: {reason}.") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} cannot be read as UTF-8 text ({error}); save it again, as UTF-8."
         ) from error
+
+
+def read_parquet(path: Path) -> list[tuple[dict, str]]:
+    """Rows of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).rstrip(".\n")
+        raise UserError(
+            f"{path} cannot be read as Parquet: {reason}; write or download it again."
+        ) from error
+    return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+
+
+def read_json(path: Path, lines: TextIO) -> list[tuple[dict, str]]:
+    """Rows of a file of objects, one in each line; a .json file may hold one list of them."""
+    place = "line 1"
+    try:
+        if path.suffix == ".json":
+            text = lines.read()
+            if text.lstrip().startswith("["):
+                found = json.loads(text)
+                return [(row, f"{path}, row {i}") for i, row in enumerate(found, 1)]
+            lines = text.splitlines()
+        rows = []
+        for i, line in enumerate(lines, 1):
+            place = f"line {i}"
+            if line.strip():
+                rows.append((json.loads(line), f"{path}, {place}"))
+        return rows
     # Not JSON; a number of 5000 digits; brackets too deep.
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
         raise UserError(
-            f"{path}, line {i}: not valid JSON ({reason}); each line must be one whole object."
+            f"{path}, {place}: not valid JSON ({reason}); each line must be one whole object."
         ) from error
-    return rows
 
 
 def read_hub(name: str, split: str, hub_config: str) -> list[tuple[dict, str]]:
@@ -138,12 +192,19 @@ def read_hub(name: str, split: str, hub_config: str) -> list[tuple[dict, str]]:
     try:
         rows = datasets.load_dataset(name, hub_config, split=split)
     except Exception as error:  # datasets, the hub client and the network have their own kinds
+        advice = "check the name and the connection, or give --dataset a local file or folder"
+        if "BuilderConfig" in str(error):
+            advice = "choose one with --dataset_config"
         raise UserError(
             f"Cannot load the {split} split of the dataset {name!r} from the hub "
-            f"({type(error).__name__}); check the name and the connection, or give --dataset a "
-            "local file or folder."
+            f"({type(error).__name__}: {first_line(error)}); {advice}."
         ) from error
     return [(row, f"{name}, {split} row {i}") for i, row in enumerate(rows, 1)]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
 
 
 def parse_row(

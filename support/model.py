@@ -34,10 +34,16 @@ def build_accelerator(config: Config) -> Accelerator:
             f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny "
             "runs on any machine (and --device cpu makes this one run without a GPU, slowly)."
         )
-    cpu = config.device == "cpu" or not has_cuda
+    cpu = config.device == "cpu" or not (has_cuda or chooses_mps(config))
     # Accelerate keeps both for the life of the process, which may make another run after this one.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
+
+
+def chooses_mps(config: Config) -> bool:
+    """Whether the run is on Apple's GPU: --device auto, no CUDA, and torch has it."""
+    auto = config.device == "auto" and not torch.cuda.is_available()
+    return auto and torch.backends.mps.is_available()
 
 
 def check_environment() -> None:

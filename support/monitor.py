@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -33,6 +32,11 @@ from support.metrics import (
     console_line,
     meaning,
 )
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def progress(items: Iterable, what: str, leave: bool = True) -> tqdm:
@@ -222,7 +226,12 @@ def peak_memory_gb() -> float:
     """Peak memory in GB: torch's on the GPU, else the resident set of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    if resource is None:
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, kB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def describe_run(monitor: Monitor, config_yaml: str, arithmetic: str) -> None:

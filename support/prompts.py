@@ -60,7 +60,7 @@ def render(messages: list[dict[str, str]], tokenizer: Any, date: str) -> str:
     template = with_date(tokenizer.chat_template, date)
     chat = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=template)
     prompt = chat(messages, add_generation_prompt=True)
-    if "add_generation_prompt" in str(template):
+    if "add_generation_prompt" in str(tokenizer.chat_template):
         return prompt
     answered = [*messages, {"role": "assistant", "content": SAID}]
     try:
@@ -75,8 +75,8 @@ def render(messages: list[dict[str, str]], tokenizer: Any, date: str) -> str:
 def with_date(template: Any, date: str) -> Any:
     """A template that prints this date where it asks for today's."""
     now = datetime.fromisoformat(date) if date else datetime.now()
-    if not isinstance(template, str):
-        return template
+    if not isinstance(template, str):  # several, by name: the tokenizer chooses
+        return None
     return TODAY.sub(lambda found: json.dumps(now.strftime(found[2]), ensure_ascii=False), template)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from support import checkpoint
 from support.config import Config
 from support.errors import UserError, quoted
 from support.evaluation import evaluate
-from support.model import set_learning_rate
+from support.model import chooses_mps, set_learning_rate
 from support.monitor import describe_run, log_line, progress, quiet_progress
 
 Steps = Iterator[tuple[int, torch.Generator]]
@@ -43,7 +44,7 @@ def open_run(
     """
     # Before its newest checkpoint is looked for.
     held = checkpoint.lock(Path(resume)) if resume else None
-    run = build(config, resume)
+    run = build_on(config, resume, build)
     if run.start_step >= config.steps:
         raise UserError(
             f"The run is already at step {run.start_step} of {config.steps}; raise --steps to go "
@@ -75,6 +76,17 @@ def open_run(
         steps.close()  # gives the signals back, also after an error
         run.monitor.close()
         held.release()
+
+
+def build_on(config: Config, resume: str | None, build: Callable[[Config, str | None], Any]) -> Any:
+    """Build a run; where --device auto has chosen a Mac's GPU and that fails, on the CPU."""
+    if not chooses_mps(config):
+        return build(config, resume)
+    try:
+        return build(config, resume)
+    except (UserError, RuntimeError, ValueError, TypeError) as error:
+        print(f"Apple's GPU cannot be used ({' '.join(str(error).split())[:200]}): on the CPU")
+    return build(replace(config, device="cpu"), resume)
 
 
 def restore(run: Any, state: checkpoint.TrainerState | None) -> None:
@@ -193,7 +205,8 @@ class Interruption:
     A second signal stops at once.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+    SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 
     def __init__(self) -> None:
         self.came = False
@@ -203,8 +216,8 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             return lambda: False  # only the main thread hears of signals
         # Under nohup a terminal may go away, and the run goes on.
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        heard = [s for s in self.SIGNALS if s != signal.SIGHUP or not ignored]
+        ignored = self.HANGUP and signal.getsignal(self.HANGUP) == signal.SIG_IGN
+        heard = [s for s in self.SIGNALS if s != self.HANGUP or not ignored]
         self.before = {s: signal.signal(s, self.handle) for s in heard}
         return lambda: self.came
 

@@ -1,5 +1,6 @@
 """support/data.py: rows, files, prompts, and an order that resumes."""
 
+import gzip
 import json
 from datetime import date
 
@@ -154,13 +155,55 @@ def test_a_broken_row_is_named(tmp_path, line, message):
     assert "train.jsonl" in str(caught.value)
 
 
+def test_other_files(tmp_path):
+    """What people have: CSV, a JSON list, gzip, a folder of `save_to_disk`; each the same rows."""
+    import datasets
+
+    rows = [{"question": "a, b?", "answer": "s\n#### 5"}, {"question": "c", "answer": "#### 6"}]
+    expected = [("a, b?", "5"), ("c", "6")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "rows.csv").write_text('question,answer\n"a, b?","s\n#### 5"\nc,#### 6\n')
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "both")
+    for name in ("rows.json", "lines.json", "rows.jsonl.gz", "rows.csv", "saved", "both"):
+        found = load_questions(str(tmp_path / name), "train")
+        assert [(q.question, q.reference) for q in found] == expected, name
+    with pytest.raises(UserError, match="both has no split dev; it has train, test."):
+        load_questions(str(tmp_path / "both"), "dev")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:20])
+    for name, message in (
+        ("cut.jsonl.gz", "cannot be read"),
+        ("bad.json", "bad.json, line 1: not valid JSON"),
+    ):
+        (tmp_path / "bad.json").write_text("{")
+        with pytest.raises(UserError, match=message):
+            load_questions(str(tmp_path / name), "train")
+
+
+def test_a_hub_dataset_without_the_configuration_names_those_there_are(monkeypatch):
+    import datasets
+
+    def load(*arguments, **settings):
+        raise ValueError("BuilderConfig 'main' not found. Available: ['default']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        UserError, match=r"not found. Available: \['default'\]\); choose one with --dataset_config"
+    ):
+        load_questions("some/dataset", "train")
+
+
 def test_missing_things(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.parquet").write_text("not parquet")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
     for name, message in [
-        ("nowhere.jsonl", "no file or folder"), ("notes.txt", "neither .jsonl nor .parquet"), ("", "must hold one train"),
+        ("nowhere.jsonl", "no file or folder"), ("notes.txt", "neither .jsonl, .parquet, .json nor .csv"), ("", "must hold one train"),
         ("empty.jsonl", "holds no questions"), ("bad.parquet", "cannot be read as Parquet"), ("latin.jsonl", "UTF-8"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message):

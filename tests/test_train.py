@@ -1,19 +1,21 @@
 """train.py end to end: it equals itself, it resumes, it survives bad numbers, it learns."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import metrics
+from conftest import ROOT, metrics
 from steps import build, copy_of, fill, learn, one_step, sample, shared_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from objectives import equations
 from replay_buffer import pad_batch
-from support import checkpoint
+from support import checkpoint, monitor, schedule
 from support.command_line import parse_config
 from support.config import Config
 from support.errors import UserError
@@ -492,3 +494,45 @@ def test_memory_that_ends_in_a_backward_pass_leaves_no_gradient(tmp_path, few_qu
         hook.remove()
     assert trainer.micro_batch.size == 5
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_it_can_be_imported_where_unix_is_not():
+    """On Windows there is no `resource` and no SIGHUP: both are done without."""
+    code = (
+        "import signal, sys, datasets, torch.utils.tensorboard, transformers.modeling_utils, accelerate\n"
+        "sys.modules['resource'] = None; del signal.SIGHUP, signal.setitimer\n"
+        "import train, run, evaluate, sft; from support.schedule import Interruption as I; print(len(I.SIGNALS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
+
+
+def test_memory_on_a_mac_is_in_bytes(monkeypatch):
+    here = monitor.peak_memory_gb()
+    monkeypatch.setattr(monitor.sys, "platform", "darwin")
+    assert monitor.peak_memory_gb() == pytest.approx(here / 1024, rel=0.1)
+
+
+def test_auto_takes_apples_gpu_only_where_it_works(monkeypatch, capsys):
+    """No Mac has tried it: the start check decides, and the CPU is what is left."""
+    asked = []
+
+    def build(refused, config, resume):
+        asked.append(config.device)
+        if config.device in refused:
+            raise UserError("Sampler and trainer disagree.")
+        return "run"
+
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    for refused, device, expected in (
+        (["auto"], "auto", ["auto", "cpu"]),
+        ([], "auto", ["auto"]),
+        ([], "cpu", ["cpu"]),
+    ):
+        asked.clear()
+        found = schedule.build_on(Config(device=device), None, partial(build, refused))
+        assert found == "run" and asked == expected
+    words = "Apple's GPU cannot be used (Sampler and trainer disagree.): on the CPU"
+    assert words in capsys.readouterr().out
+    with pytest.raises(UserError, match="disagree"):
+        schedule.build_on(Config(device="cpu"), None, partial(build, ["cpu"]))
