@@ -93,6 +93,21 @@ def holds(prompt: str, text: str) -> bool:
     return NO_LETTERS.sub("", text) in NO_LETTERS.sub("", prompt)
 
 
+def prompts_of(
+    questions: list[Question], tokenizer: Any, config: Config
+) -> tuple[list[str], list[list[int]]]:
+    """The prompt of each question, as text and as tokens."""
+    asked = config.system_prompt, config.prompt_date
+    prompts = [build_prompt(question.question, tokenizer, *asked) for question in questions]
+    # A chat template writes its own special tokens; a model without one gets those of its
+    # tokenizer.
+    tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    tokens = [
+        without_end(ids, prompt, tokenizer) for ids, prompt in zip(tokens, prompts, strict=True)
+    ]
+    return prompts, tokens
+
+
 def with_prompts(
     questions: list[Question], tokenizer: Any, config: Config
 ) -> tuple[list[Question], int]:
@@ -103,14 +118,7 @@ def with_prompts(
     Raises:
         UserError: if none fits.
     """
-    asked = config.system_prompt, config.prompt_date
-    prompts = [build_prompt(question.question, tokenizer, *asked) for question in questions]
-    # A chat template writes its own special tokens; a model without one gets those of its
-    # tokenizer.
-    tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    tokens = [
-        without_end(ids, prompt, tokenizer) for ids, prompt in zip(tokens, prompts, strict=True)
-    ]
+    prompts, tokens = prompts_of(questions, tokenizer, config)
     check_tags(config.system_prompt, tokenizer)
     fitting = [
         replace(question, prompt=prompt, prompt_ids=ids)

@@ -49,6 +49,9 @@ class UserReward:
     takes_messages: bool = False  # found out at its first call
     logged: dict[str, list[float]] = field(default_factory=dict)  # by log_metric, since last asked
 
+    def __post_init__(self) -> None:
+        self.__name__ = self.name  # as other trainers ask of a function
+
     def log_metric(self, name: str, value: float) -> None:
         """TRL's `log_metric`: a number for TensorBoard, the mean over the step."""
         self.logged.setdefault(f"{self.name}_{name}", []).append(float(value))
@@ -111,7 +114,7 @@ def load_rewards(
                     f"--reward {given} names a file but no function; write {given}:FUNCTION."
                 )
             name = check_choice(given, built_in, "reward")
-            rewards[name] = built_in[name]
+            rewards[name] = UserReward(built_in[name], name)  # in a notebook it may be yours
     if len(rewards) != len(names):
         raise UserError(
             f"Two of --reward {' '.join(names)} have the same name; each must have its own."
@@ -269,9 +272,11 @@ def call_as_it_wants(function: RewardFunction, arguments: Arguments, seconds: fl
     """
     if not isinstance(function, UserReward):
         return call_function(function, arguments, seconds)
+    logged = copy.deepcopy(function.logged)
     try:
         return call_function(function, arguments, seconds, function.takes_messages)
     except Failed as failure:
+        function.logged = logged  # without what the call has logged that failed
         if function.takes_messages or not isinstance(failure.__cause__, MIXED_UP):
             raise
         with contextlib.suppress(Failed):

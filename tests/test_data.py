@@ -7,6 +7,7 @@ from datetime import date
 import pytest
 from conftest import BARE, metrics
 
+import check_data
 import train
 from support.config import PRESETS, SYSTEM_PROMPT_ZH, Config
 from support.data import Question, QuestionStream, check_references, load_questions
@@ -103,6 +104,29 @@ def test_chinese_gsm8k_trains(tmp_path):
     (question, *_) = training_questions(config, tokenizer)
     assert question.reference == "4" and question.columns["answer_only"] == 4
     assert "汤姆有2个苹果" in question.prompt and SYSTEM_PROMPT_ZH in question.prompt
+
+
+def test_check_data_says_what_is_in_a_dataset(tmp_path, capsys):
+    """Columns, answers that are numbers and those that are not, lengths, prompts, duplicates."""
+    rows = [
+        {"question": f"How many is {n}?", "answer": f"{n}\n#### {n}", "level": n} for n in (1, 2, 3)
+    ]
+    rows += [{"question": "What is it?", "answer": "#### x^2 + 1"}, rows[0]]
+    write(tmp_path / "train.jsonl", *rows)
+    write(tmp_path / "test.jsonl", rows[1], {"question": "New?", "answer": "#### 1,000"})
+    check_data.main(
+        ["--preset=tiny", f"--dataset={tmp_path}", "--max_prompt_tokens=9", "--system_prompt=Ω"]
+    )
+    said = capsys.readouterr().out
+    for words in (
+        "train: 5 questions", "question: the question\n", "level: for reward functions, missing in 1 rows",
+        "final answers, numbers: 4, such as '1', '2', '3'", "compared word by word: 1, such as 'x^2 + 1'",
+        "5 above --max_prompt_tokens 9", "How many is 1?<|end|><|assistant|>'", "answer: '1'", "characters that the tokenizer cannot write",
+        "test: 2 questions", "duplicates: 1 inside train", "1 questions of test stand in train too, such as 'How many is 2?'",
+    ):  # fmt: skip
+        assert words in said, words
+    check_data.main(["--preset=tiny", f"--dataset={tmp_path / 'train.jsonl'}"])
+    assert "test: none, --dataset is one file" in capsys.readouterr().out
 
 
 def test_the_final_answer_is_the_rest_of_its_line(tmp_path):

@@ -27,13 +27,20 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from steps import forked
 
+import check_data
 import evaluate
 import run
 import sft
 import train
 
 TINY = ROOT / "tiny" / "model"
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "run": run.main, "sft": sft.main}
+COMMANDS = {
+    "check_data": check_data.main,
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "run": run.main,
+    "sft": sft.main,
+}
 SMALL = [
     "--device=cpu", "--steps=1", "--rollouts_per_step=2", "--group_size=2", "--train_batch_size=4",
     "--micro_batch_size=4", "--max_new_tokens=4", "--eval_interval=0", "--checkpoint_interval=1",
@@ -535,6 +542,7 @@ OTHERS: list[Bad] = [
     ("--question x --base no/such-model", "Cannot load the tokenizer 'no/such-model'", None, "run"),
     ("--baes x", "There is no flag '--baes'; did you mean --base?", None, "run"),
     ("--lr=-1", "--lr is -1", None, "sft"),
+    (DATA, "the column question is missing", file("x.jsonl", '{"problem": "a"}'), "check_data"),
     ("--resume {d}/r", "sft.py cannot resume", a_run(), "sft"),
     ("--run_dir {d}/r", "is not empty", a_run(), "sft"),
     (M, "no match", bundled(tokenizer={"eos_token": "<zz>"}), "sft"),

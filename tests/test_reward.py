@@ -418,6 +418,21 @@ def test_what_a_function_asks_for_is_looked_for_before_anything_is_sampled(tmp_p
     assert score_texts(rewards, [1.0], ["x"])[0].tolist() == [1.0]
 
 
+def test_a_function_of_a_notebook_is_a_reward(monkeypatch):
+    """Put into REWARDS, it is treated as one from a file: it may want messages, a column, a log."""
+
+    def mine(completions, level, log_metric, **columns):
+        log_metric("level", level[0])
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    monkeypatch.setitem(REWARDS, "mine", mine)
+    rewards = load_rewards(["mine"])
+    assert score_texts(rewards, [1.0], ["xxx"], level=[2])[0].tolist() == [3.0]
+    assert rewards["mine"].__name__ == "mine" and rewards["mine"].logged == {"mine_level": [2.0]}
+    with pytest.raises(UserError, match="missing a required argument: 'level'"):
+        user_rewards.check_columns(rewards, [Question("q", "1", "", columns={"question": "q"})])
+
+
 def test_a_function_can_log(tmp_path):
     """TRL's `log_metric` becomes a metric of its own; `log_extra` is taken, and shows nothing."""
     (tmp_path / "mine.py").write_text(
