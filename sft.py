@@ -29,6 +29,7 @@ from support.config import Config, resolve_path
 from support.data import Question, QuestionStream, load_questions
 from support.errors import UserError, command
 from support.model import build_accelerator, build_optimizer, load_model, load_tokenizer
+from support.model_card import save_tokenizer
 from support.monitor import progress
 from support.policy import Policy
 from support.preflight import check_model
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
     fit(policy, optimizer, tokenizer, QuestionStream(questions, config.seed), config)
     try:
         model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        save_tokenizer(folder / "model", tokenizer, config)
         config.save(folder / "model" / "config.yaml")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -104,7 +104,7 @@ def train(trainer: Trainer, steps: Iterator[tuple[int, torch.Generator]]) -> Non
             # How much better is each completion than the others of its group?
             advantages = trainer.loss.advantages(returns, rewards, config.reward_weights)
             monitor.add_all(metrics.of_advantages(returns, advantages))
-            monitor.show_completions(groups[0], advantages[0], step, config.log_completions)
+            monitor.show_completions(groups, advantages, step, config.log_completions)
             compared = (values.flatten()[trained] for values in (returns, advantages))
             replay_buffer.fill(experiences, *compared)
 

@@ -29,6 +29,7 @@ from torch import nn
 from support.config import Config, resolve_path
 from support.config_file import read_config_file
 from support.errors import UserError, is_of_the_disk, quoted
+from support.model_card import save_tokenizer
 
 PREFIX = "checkpoint-"
 SUMS = "SHA256SUMS"
@@ -134,10 +135,17 @@ class TrainerState:
 
 
 def save_checkpoint(
-    run_dir: Path, state: TrainerState, model: nn.Module, tokenizer: Any, config: Config
+    run_dir: Path,
+    state: TrainerState,
+    model: nn.Module,
+    tokenizer: Any,
+    config: Config,
+    describe: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write checkpoint-<step>, then delete older ones: the newest `keep_checkpoints` stay.
 
+    Args:
+        describe: writes what a reader of the folder should know into it.
     Raises:
         UserError: if it could not be written (a full disk), or if weights are not finite; the
             earlier ones are untouched.
@@ -153,7 +161,8 @@ def save_checkpoint(
     try:
         discard(partial)
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(partial, tokenizer, config)
+        describe(partial)
         config.save(partial / "config.yaml")
         torch.save(vars(state), partial / "trainer_state.pt")
         write_sums(partial)

@@ -282,7 +282,9 @@ class Config:
     )
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", at_least=1)
     log_completions: int = option(
-        4, "sample completions written to TensorBoard each step", at_least=0
+        4,
+        "pages of samples in TensorBoard each step: a group's best and worst, in turn",
+        at_least=0,
     )
 
     def __post_init__(self) -> None:

@@ -78,6 +78,7 @@ GLOSSARY = {
     "rollout/rounds": (
         "Rollouts that dynamic sampling made in this step; the completions of each are paid for."
     ),
+    "rollout/alarms": "How many alarms are on; which, and what to do then, is in the tab Text.",
     "rollout/idle_groups": "Groups without spread that dynamic sampling could not replace.",
     "rollout/truncated_share": (
         "Share of completions cut off by max_new_tokens. If it grows, so should the budget."
@@ -137,46 +138,53 @@ REWARD_MEANING = {
 
 
 # The tab "Custom Scalars": three questions, each chart with the answer of a healthy run in its
-# title.
-CHARTS = {
+# title. A chart has one metric, since TensorBoard gives all metrics of a run one colour.
+CHARTS: dict[str, dict[str, str]] = {
     "Is it learning?": {
-        "held-out accuracy, greedy, with its 95 % interval: rises": [
-            "Margin",
-            ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"],
-        ],
-        "reward of the samples: rises": ["Multiline", ["rollout/returns$"]],
-        "success of easy, middle and hard questions: all rise, easy first": [
-            "Multiline",
-            ["rollout/success_easy", "rollout/success_middle", "rollout/success_hard"],
-        ],
-        "tokens in a completion: may rise (longer reasoning), not explode": [
-            "Multiline",
-            [
-                "rollout/completion_tokens",
-                "rollout/tokens_right",
-                "rollout/tokens_wrong",
-                "eval/completion_tokens",
-            ],
-        ],
+        "held-out accuracy, greedy, with its 95 % interval: rises": "eval/accuracy",
+        "reward of the samples: rises": "rollout/returns",
+        "success of easy questions: rises first": "rollout/success_easy",
+        "success of middle questions: rises": "rollout/success_middle",
+        "success of hard questions: rises last": "rollout/success_hard",
+        "tokens in a completion: may rise (longer reasoning), not explode": (
+            "rollout/completion_tokens"
+        ),
+        "tokens in a right completion": "rollout/tokens_right",
+        "tokens in a wrong one: does not grow alone": "rollout/tokens_wrong",
     },
     "Is it healthy?": {
-        "KL to the reference: below 0.1": ["Multiline", ["train/kl_divergence"]],
-        "shares of groups without spread (below 0.8), truncated, clipped (below 0.3)": [
-            "Multiline",
-            ["rollout/no_spread_share", "rollout/truncated_share", "train/clipped_share"],
-        ],
-        "entropy: falls slowly, never to 0": ["Multiline", ["train/entropy"]],
-        "gradient norm: no steady rise": ["Multiline", ["train/grad_norm"]],
-        "new/old probability: near 1": ["Multiline", ["train/ratio_mean"]],
-        "gap between sampler and trainer: rounding": ["Multiline", ["train/sampler_gap"]],
-        "skipped steps: 0": ["Multiline", ["train/skipped_steps"]],
-        "alarms (what to do then is in the tab Text): none": ["Multiline", ["alarm/.*"]],
+        "alarms that are on (what to do then is in the tab Text): 0": "rollout/alarms",
+        "KL to the reference: below 0.1": "train/kl_divergence",
+        "groups without spread: below 0.8": "rollout/no_spread_share",
+        "truncated completions: few": "rollout/truncated_share",
+        "clipped tokens: below 0.3": "train/clipped_share",
+        "entropy: falls slowly, never to 0": "train/entropy",
+        "gradient norm: no steady rise": "train/grad_norm",
+        "new/old probability: near 1": "train/ratio_mean",
+        "gap between sampler and trainer: rounding": "train/sampler_gap",
+        "skipped steps: 0": "train/skipped_steps",
     },
     "Where does the time go?": {
-        "seconds": ["Multiline", ["time/step", "time/rollout", "time/log_probs", "time/update"]],
-        "tokens per second of rollout": ["Multiline", ["perf/tokens_per_second"]],
+        "seconds of a step": "time/step",
+        "seconds of the rollout": "time/rollout",
+        "seconds of the log-probabilities before the update": "time/log_probs",
+        "seconds of the update": "time/update",
+        "tokens per second of rollout": "perf/tokens_per_second",
     },
 }
+
+
+def charts_of(names: set[str]) -> dict[str, dict[str, list]]:
+    """The charts of metrics that a run has, as TensorBoard's custom scalars."""
+    interval = ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"]
+    layout = {}
+    for question, charts in CHARTS.items():
+        layout[question] = {
+            title: ["Margin", interval] if name == interval[0] else ["Multiline", [f"^{name}$"]]
+            for title, name in charts.items()
+            if name in names
+        }
+    return layout
 
 
 def meaning(name: str) -> str:
@@ -293,3 +301,15 @@ def console_line(step: int, steps: int, row: dict[str, float]) -> str:
             f"{row['eval/accuracy_flexible']:.3f}, {row['eval/completion_tokens']:.1f} tokens"
         )
     return " | ".join(parts)
+
+
+def fold(line: str, width: int) -> str:
+    """A console line in pieces of at most `width` characters, cut between its parts."""
+    first, *others = line.split(" | ")
+    lines = [first]
+    for part in others:
+        if len(lines[-1]) + len(part) + 3 <= width:
+            lines[-1] += f" | {part}"
+        else:
+            lines.append(f"    {part}")
+    return "\n".join(lines)

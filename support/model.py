@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from support.config import PRESETS, Config, resolve_path
 from support.errors import UserError
+from support.model_card import without_prompt
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -72,6 +73,7 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(resolve_path(name), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged file
         raise UserError(loading_failed("tokenizer", name, error)) from error
+    tokenizer.chat_template = without_prompt(tokenizer.chat_template)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"The tokenizer of {name} has no end-of-sequence token, so a completion could never "

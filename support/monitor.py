@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -24,12 +25,13 @@ from tqdm import tqdm
 from support.alarms import LONGEST, QUIET, Alarm, active_alarms
 from support.errors import UserError, silence
 from support.metrics import (
-    CHARTS,
     GLOSSARY,
     REWARD_MEANING,
     Metrics,
     Number,
+    charts_of,
     console_line,
+    fold,
     meaning,
 )
 
@@ -65,6 +67,7 @@ class Monitor:
         self.sums: dict[str, list] = {}
         self.writer: SummaryWriter | None = None
         self.alarms = alarms or {}
+        self.charted: set[str] = set()  # metrics that the layout of the charts knows
         self.rows: deque[dict[str, float]] = deque(maxlen=LONGEST)  # what the alarms remember
 
     def open(self, run_dir: Path, start_step: int = 0) -> None:
@@ -112,18 +115,27 @@ class Monitor:
         """A page of text in TensorBoard."""
         self.writer.add_text(tag, markdown, step)
 
-    def show_completions(self, group: Any, advantages: Tensor, step: int, count: int) -> None:
-        """The first completions of a scored group, as pages of text."""
-        shown = zip(group.completions[:count], group.returns, advantages, strict=False)
-        for i, (completion, returns, advantage) in enumerate(shown, 1):
-            page = completion_page(
+    def show_completions(
+        self, groups: list[Any], advantages: Tensor, step: int, count: int
+    ) -> None:
+        """The best and the worst completion of the groups that teach most, as pages of text.
+
+        Args:
+            advantages: float (Q, G).
+            count: pages; two for each group, those with the largest spread first.
+        """
+        order = advantages.abs().sum(dim=-1).sort(descending=True, stable=True).indices.tolist()
+        places = [(q, int(f(advantages[q]))) for q in order for f in (torch.argmax, torch.argmin)]
+        for page, (q, i) in enumerate(places[:count]):
+            group, kind = groups[q], ("best", "worst")[page % 2]
+            text = completion_page(
                 group.question.question,
                 group.question.reference,
-                group.question.opened + completion.text,
-                float(returns),
-                float(advantage),
+                group.question.opened + group.completions[i].text,
+                float(group.returns[i]),
+                float(advantages[q][i]),
             )
-            self.text(f"samples/completion_{i}", page, step)
+            self.text(f"samples/group_{page // 2 + 1}_{kind}", text, step)
 
     def flush(self, step: int, steps: int) -> dict[str, float]:
         """Write the step's metrics everywhere, and forget them; returns them."""
@@ -142,10 +154,14 @@ class Monitor:
             os.fsync(file.fileno())
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
+        if not row.keys() <= self.charted:
+            self.charted |= row.keys()
+            self.writer.add_custom_scalars(charts_of(self.charted))
         for name in new:
             self.text(f"alarm/{name}", f"step {step}: {self.alarms[name].advice}", step)
         self.writer.flush()
-        log_line(console_line(step, steps, row))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+        log_line(fold(console_line(step, steps, row), width))
         for name in new:
             log_line(f"ALARM {name}: {self.alarms[name].advice}")
         return row
@@ -154,7 +170,7 @@ class Monitor:
         """Note in the step's metrics which alarms are on; returns those that were not lately."""
         on = active_alarms(self.alarms, [*self.rows, row])
         lately = {name for past in list(self.rows)[-QUIET:] for name in past}
-        row |= {f"alarm/{name}": 1.0 for name in on}
+        row |= {f"alarm/{name}": 1.0 for name in on} | {"rollout/alarms": float(len(on))}
         self.rows.append(row)
         return [name for name in on if f"alarm/{name}" not in lately]
 
@@ -234,16 +250,20 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def describe_run(monitor: Monitor, config_yaml: str, arithmetic: str) -> None:
-    """Pages for a reader of TensorBoard: what the metrics mean, and the settings of the run."""
+def describe_run(monitor: Monitor, config_yaml: str, summary: str) -> None:
+    """Pages for a reader of TensorBoard: what the metrics mean, and the settings of the run.
+
+    Args:
+        summary: the sizes and the effective objective, as YAML.
+    """
     rewards = {
         f"reward/NAME_{statistic}": text.format("NAME")
         for statistic, text in REWARD_MEANING.items()
     }
-    lines = [f"| {name} | {text} |" for name, text in (GLOSSARY | rewards).items()]
+    texts = {name: text.replace("<", "`<").replace(">", ">`") for name, text in GLOSSARY.items()}
+    lines = [f"| `{name}` | {text} |" for name, text in (texts | rewards).items()]
     monitor.text("guide/metrics", "\n".join(["| metric | what it means |", "|---|---|", *lines]))
-    monitor.writer.add_custom_scalars(CHARTS)
-    monitor.text("guide/config", f"{arithmetic}\n\n```yaml\n{config_yaml}```")
+    monitor.text("guide/config", f"```yaml\n{summary}```\n\n```yaml\n{config_yaml}```")
 
 
 def completion_page(

@@ -1,8 +1,8 @@
 """What surrounds the steps of a run: its folder, signals, seeds, evaluation, log, checkpoints.
 
 The functions are given the trainer of train.py, here `run`. Of it they use what every training loop
-has: config, tokenizer, policy, optimizer, loss, questions, held_out, monitor, sample; and
-start_step and skipped, which they set.
+has: config, tokenizer, policy, objective, optimizer, loss, questions, held_out, monitor, sample;
+and start_step and skipped, which they set.
 """
 
 import signal
@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate.utils import set_seed
 
 from support import checkpoint
@@ -23,6 +25,7 @@ from support.config import Config
 from support.errors import UserError, quoted
 from support.evaluation import evaluate
 from support.model import chooses_mps, set_learning_rate
+from support.model_card import write_card
 from support.monitor import describe_run, log_line, progress, quiet_progress
 
 Steps = Iterator[tuple[int, torch.Generator]]
@@ -65,7 +68,8 @@ def open_run(
         if resume:  # new_run_dir has written that of a new run
             config.save(run.run_dir / "config.yaml")
         config_yaml = (run.run_dir / "config.yaml").read_text(encoding="utf-8")
-        describe_run(run.monitor, config_yaml, config.arithmetic)
+        summary = {"sizes": config.arithmetic, "objective": asdict(run.objective)}
+        describe_run(run.monitor, config_yaml, yaml.safe_dump(summary, sort_keys=False))
         yield run, steps
     except OSError as error:
         raise UserError(
@@ -173,7 +177,11 @@ def save(run: Any, step: int) -> None:
         run.loss.state_dict(),
         run.skipped,
     )
-    checkpoint.save_checkpoint(run.run_dir, state, run.policy.model, run.tokenizer, run.config)
+    evaluated = [row for row in run.monitor.rows if "eval/accuracy" in row]
+    objective, newest = run.objective.describe(run.config).splitlines()[0], [{}, *evaluated][-1]
+    describe = partial(write_card, config=run.config, step=step, objective=objective, row=newest)
+    models = run.policy.model, run.tokenizer
+    checkpoint.save_checkpoint(run.run_dir, state, *models, run.config, describe)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """support/monitor.py and support/metrics.py: names with meanings, sums and counts, and what a reader of TensorBoard finds."""
 
 import os
-import re
 import threading
 
 import pytest
@@ -9,10 +8,13 @@ import torch
 from conftest import FEW, metrics
 from steps import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 import train
+from rollout import Completion, Group
 from support.alarms import ALARMS, LONGEST
-from support.metrics import CHARTS, GLOSSARY, console_line, meaning
+from support.data import Question
+from support.metrics import CHARTS, CONSOLE, GLOSSARY, charts_of, console_line, fold, meaning
 from support.monitor import Monitor, progress
 
 
@@ -50,11 +52,61 @@ def test_tensorboard_of_a_run(tiny_run):
     missing = {name for name in GLOSSARY if not name.startswith("alarm/")} - tags
     assert not missing, f"explained but never logged: {missing}"
     texts = {t.removesuffix("/text_summary") for t in tags if t.endswith("/text_summary")}
-    assert {"guide/metrics", "guide/config", "samples/completion_1"} <= texts
+    assert {
+        "guide/metrics",
+        "guide/config",
+        "samples/group_1_best",
+        "samples/group_2_worst",
+    } <= texts
     for charts in CHARTS.values():
-        for _, names in charts.values():
-            empty = [n for n in names if not any(re.match(n, known) for known in GLOSSARY)]
-            assert not empty, "a chart of a metric that does not exist stays empty"
+        assert set(charts.values()) <= set(GLOSSARY), (
+            "a chart of a metric that does not exist stays empty"
+        )
+    (layout,) = log.Tensors("custom_scalars__config__")[-1:]
+    proto = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    shown = {chart.title for category in proto.category for chart in category.chart}
+    assert "KL to the reference: below 0.1" in shown
+    few = charts_of({"time/step", "train/lr"})
+    assert [list(charts) for charts in few.values()] == [[], [], ["seconds of a step"]], (
+        "no empty chart"
+    )
+    (config,) = log.Tensors("guide/config/text_summary")
+    text = config.tensor_proto.string_val[0].decode()
+    assert "clip_eps: 0.2" in text and "kl_weight: 0.01" in text, "the effective objective"
+
+
+def test_the_samples_are_best_and_worst_of_the_groups_that_teach_most(tmp_path):
+    """Of three groups the one without a spread comes last."""
+    pages = {}
+    log = Monitor()
+    log.text = lambda tag, page, step: pages.__setitem__(tag, page)
+    returns = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [0.2, 0.0, 0.1]])
+    groups = [
+        Group(
+            Question(f"q{i}", "1", ""),
+            [Completion([1], f"text {i}{j}", False) for j in range(3)],
+            returns=row,
+        )
+        for i, row in enumerate(returns)
+    ]
+    advantages = torch.tensor([[0.0, 0.0, 0.0], [-0.6, 1.2, -0.6], [0.1, -0.1, 0.0]])
+    log.show_completions(groups, advantages, 1, 5)
+    assert list(pages) == [f"samples/group_{i}_{k}" for i in (1, 2) for k in ("best", "worst")] + [
+        "samples/group_3_best"
+    ]
+    assert (
+        "text 11" in pages["samples/group_1_best"] and "text 10" in pages["samples/group_1_worst"]
+    )
+    assert "text 20" in pages["samples/group_2_best"] and "text 00" in pages["samples/group_3_best"]
+
+
+def test_a_line_of_the_console_fits_the_terminal():
+    row = {name: 0.123 for _, name, _ in CONSOLE}
+    line = console_line(3, 80, row)
+    assert len(line) > 80 and fold(line, 200) == line
+    folded = fold(line, 80).splitlines()
+    assert max(map(len, folded)) <= 80 and " | ".join(part.strip(" |") for part in folded) == line
+    assert all(part.startswith("    ") for part in folded[1:])
 
 
 def test_console_line():

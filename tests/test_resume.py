@@ -143,7 +143,7 @@ def test_tensorboard_shows_one_curve(tiny_run, tmp_path):
     assert [e.step for e in starts][-1] == 3, (
         "and a reader that is looking on is told from where on to forget"
     )
-    pages = [e.step for e in log.Tensors("samples/completion_1/text_summary")]
+    pages = [e.step for e in log.Tensors("samples/group_1_best/text_summary")]
     assert pages == list(range(1, 5))
 
 
