@@ -7,6 +7,7 @@ the flags.
 
 import argparse
 import os
+import textwrap
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -27,13 +28,50 @@ Extra = dict[str, str | None]
 DASHES = ("-", "–", "—")  # the last two are what an editor makes of the first
 
 
+METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}  # by type
+WIDTH = 79  # of --help, in any terminal
+# The concerns of --help: the first option of each.
+SECTIONS = {
+    "preset": "The run",
+    "model": "Model",
+    "dataset": "Questions",
+    "rollouts_per_step": "Rollout",
+    "reward": "Rewards",
+    "objective": "Objective (docs/objectives.md)",
+    "train_batch_size": "Update",
+    "eval_interval": "Evaluation, checkpoints, samples",
+}
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is written, and each default."""
+    """The docstring, each default, and nothing beyond column 79."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=WIDTH)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Without breaking token-mean in two."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`--run_dir NAME`, and not `--run-dir` too, which argparse also takes."""
+        if action.nargs == 0:
+            return action.option_strings[-1 if action.dest == "help" else 0]
+        return f"{action.option_strings[0]} {self._format_args(action, '')}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.dest in OBJECTIVE_COLUMNS:
             return f"{action.help} (default: the objective's own)"
         return super()._get_help_string(action) if action.default is not None else action.help
+
+
+class RunHelpFormatter(HelpFormatter):
+    """Of a command that looks at a run: its defaults are those of the run."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest == "model":
+            return "a run folder, a checkpoint or a model (default: the newest run in runs/)"
+        return action.help
 
 
 class Parser(HfArgumentParser):
@@ -82,10 +120,22 @@ CONFIG_FIELDS = {field.name for field in fields(Config)}
 
 
 def build_parser(description: str | None, choices: Choices, extra: dict[str, str]) -> Parser:
-    """Every option of Config, and the others of a command."""
+    """Every option of Config, by concern, and first the others of a command."""
+    looks = "base" in extra or description is not None and "newest run" in description
     parser = Parser(
-        Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter
+        Config,
+        description=refilled(description or ""),
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+        formatter_class=RunHelpFormatter if looks else HelpFormatter,
     )
+    for action in list(parser._actions):
+        action.metavar = METAVARS.get(action.type, "NAME")
+        if action.dest in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[action.dest])
+        if action.dest != "help":
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
     for action in parser._actions:
         if action.type is string_to_bool:  # `--mask_truncated` alone is true, as the other switches
             action.nargs, action.const = "?", True
@@ -97,10 +147,32 @@ def build_parser(description: str | None, choices: Choices, extra: dict[str, str
             action.help += f": {', '.join(choices[action.dest])}"  # names of objectives/
     parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
     about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
+    about = argparse.SUPPRESS if looks else about
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)
     for name, text in extra.items():
         parser.add_argument(f"--{name}", help=text)
     return parser
+
+
+def refilled(text: str) -> str:
+    """A docstring within WIDTH columns: its commands keep their lines, paragraphs are filled."""
+    pieces = []
+    for paragraph in text.strip().split("\n\n"):
+        if not paragraph.startswith("    "):
+            pieces.append(textwrap.fill(" ".join(paragraph.split()), WIDTH))
+            continue
+        lines = []
+        for line in paragraph.splitlines():
+            what, _, about = line.strip().partition("  ")
+            if len(line) <= WIDTH:
+                lines.append(line)
+                continue
+            for indent, part in (("    ", what), ("        ", about.strip())):
+                lines += textwrap.wrap(
+                    part, WIDTH, initial_indent=indent, subsequent_indent="        "
+                )
+        pieces.append("\n".join(lines))
+    return "\n\n".join(pieces)
 
 
 def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:

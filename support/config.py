@@ -239,7 +239,7 @@ class Config:
     )
     epochs_per_step: int = option(1, "passes over each rollout (tutorial)", at_least=1)
     optimizer: str = option(
-        "adamw", "adamw, or adamw_8bit (bitsandbytes, CUDA: a quarter of the optimizer's memory)"
+        "adamw", "adamw, or adamw_8bit (bitsandbytes: a quarter of the optimizer's memory)"
     )
     lr: float = option(
         5e-6, "learning rate, constant after the warm-up (tutorial)", above=0, at_most=1

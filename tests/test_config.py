@@ -1,13 +1,14 @@
 """support/config.py and the command line: presets, files, flags, and one sentence for whatever is wrong."""
 
 import dataclasses
+import importlib
 
 import pytest
 import yaml
 
 from objectives.table import CHOICES, NAMES, OBJECTIVES, Objective
 from support import command_line
-from support.command_line import check_change
+from support.command_line import SECTIONS, check_change
 from support.config import PRESETS, Config
 from support.errors import UserError
 
@@ -209,3 +210,22 @@ def test_help_names_what_an_option_takes(capsys):
     words = capsys.readouterr().out.replace(",", " ").split()
     for names in (OBJECTIVES, *CHOICES.values()):
         assert set(names) <= set(words)
+
+
+@pytest.mark.parametrize("name", ["train", "run", "evaluate", "sft", "check_data"])
+def test_help_is_grouped_and_fits_80_columns(name, capsys):
+    """A command's own flags first, then the options by concern; a looking command's defaults are those of the run."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    heads = [
+        line
+        for line in text.splitlines()
+        if line.endswith(":") and line[0] != " " and line[:-1] in (*SECTIONS.values(), "options")
+    ]
+    assert heads == ["options:", *(f"{title}:" for title in SECTIONS.values())]
+    looks, text = name in ("run", "evaluate"), " ".join(text.split())
+    assert ("(default: the newest run in runs/)" in text) == looks
+    assert ("(default: 233)" in text) != looks and "--run-dir" not in text
+    assert ("--resume" in text) != looks
