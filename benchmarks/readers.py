@@ -30,6 +30,7 @@ from support.errors import UserError, command
 
 Reader = Callable[[str, str], bool]
 Case = tuple[str, str, bool]  # text, reference, whether a person calls it right
+LONGEST = 150  # characters of a text in the report
 ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -145,7 +146,8 @@ def compare(title: str, cases: list[Case], every: dict[str, Reader], listed: boo
 
 def shown(pairs: list[tuple[str, str]]) -> str:
     """Pairs of text and reference, as short as they can be said."""
-    words = (f"`{text}` ({reference})".replace("|", "\\|") for text, reference in pairs)
+    ends = ((text if len(text) <= LONGEST else "…" + text[-LONGEST:], r) for text, r in pairs)
+    words = (f"`{text}` ({reference})".replace("|", "\\|") for text, reference in ends)
     return "; ".join(" ".join(each.split()) for each in words) or "none"
 
 

@@ -44,8 +44,8 @@ ENDS = word_set("and but so then leaving plus minus which")  # a new statement b
 AUXILIARIES = word_set("did do does are were have has had will would can could")
 CLAUSES = word_set("so thus therefore hence means because since")
 TITLES = word_set("mr mrs ms dr st")
-# In `add up 3 + 4` and `more by 3 + 4` these two change nothing.
-BEFORE_A_SUM = CHANGES - word_set("up by")
+# In `add up 3 + 4` it changes nothing.
+BEFORE_A_SUM = CHANGES - word_set("up")
 LETTERS = frozenset(("a", "A", "I"))  # single letters that are words
 
 

@@ -28,7 +28,7 @@ DENIALS = word_set(
 OTHERS = (
     "except unless without if but instead unlike different between than least most up over under "
     "above below beyond past less exceeds min max minimum maximum almost nearly nowhere far plus "
-    "minus negative times divided multiplied by square squared cube cubed power round opposite "
+    "minus negative times divided multiplied square squared cube cubed power round opposite "
     "multiple as double doubled twice triple tripled"
 )
 # None of these beside a number, even in a reference. (It is no adversary, and may say `5 times as
