@@ -225,7 +225,7 @@ def wrong_on_purpose(cases: int, seed: int) -> tuple[int, list[str]]:
     rng, credited = random.Random(seed), []
     for _ in range(cases):
         p, q = rng.randrange(2, 500), rng.randrange(2, 500)
-        b = rng.choice([n for n in (p + q + 1, p + q - 1, p, 7 * q + 3) if n != p + q])
+        b = rng.choice([n for n in (p + q + 1, p + q - 1, p, 7 * q + 3) if n not in (p + q, q)])
         numbers = {"a": p + q, "b": b, "c": p + b, "p": p, "q": q}
         text, reference = rng.choice(WRONG), "{a}"
         if rng.random() < 0.1:

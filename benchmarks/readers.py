@@ -167,7 +167,8 @@ def main(argv: list[str]) -> None:
         cases = sentence_cases(args.gsm8k, args.sentences, args.seed)
         lines += compare("Last sentences of GSM8K's own solutions", cases, every, listed=False)
     if args.completions:
-        lines += compare("Completions", completion_cases(args.completions), every, listed=True)
+        bare = {name: reader for name, reader in every.items() if "tag" not in name}
+        lines += compare("Completions", completion_cases(args.completions), bare, listed=True)
     lines += compare("The table of answers, judged by hand", table_cases(), every, listed=True)
     write_lines(args.out / "readers.md", lines)
 

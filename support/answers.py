@@ -65,18 +65,16 @@ def find_answer(completion: str, truncated: bool = False) -> str | None:
 
     A tag that is opened last and never closed counts too, unless the completion was cut off there.
     """
-    opened, found, last = None, None, 0
+    opened, closed = -1, (-1, -1)  # where the last tag begins; begin and end of the last answer
     for tag in TAG.finditer(completion):
-        if tag[2].lower() != "answer":
-            continue
-        if not tag[1]:
+        if tag[2].lower() == "answer" and not tag[1]:
             opened = tag.end()
-        elif opened is not None:
-            found, last = completion[opened : tag.start()], tag.end()
-    if opened is not None and (found is None or opened > last) and not truncated:
-        rest = completion[opened:]
-        found = rest if rest.strip() or found is None else found
-    return None if found is None else found.strip()
+        elif tag[2].lower() == "answer" and opened >= 0:
+            closed = opened, tag.start()
+    start, end = closed
+    if opened > end and not truncated and (completion[opened:].strip() or start < 0):
+        start, end = opened, len(completion)
+    return None if start < 0 else completion[start:end].strip()
 
 
 def find_reasoning(completion: str) -> str | None:

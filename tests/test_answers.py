@@ -99,6 +99,13 @@ def test_two_numbers_are_no_guess_at_either(first, second, between):
     assert [n for n in (first, second) if same_answer(f"{first} {between} {second}", str(n))] == []
 
 
+def test_one_open_tag_and_many_closed_ones_take_no_long_time():
+    """Each of them ended a copy of all before it: two seconds for a megabyte."""
+    start = time.thread_time()
+    assert find_answer("<answer>72" + "</answer>" * 100_000).startswith("72</answer>")
+    assert time.thread_time() - start < 1
+
+
 def test_a_short_text_takes_no_long_time():
     """The length of what is parsed has a limit; inside it no pattern may be cubic (one was: 14 ms)."""
     for unit in PIECES:
