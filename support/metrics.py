@@ -174,6 +174,9 @@ CHARTS: dict[str, dict[str, str]] = {
 }
 
 
+SOMETIMES = ("rollout/tokens_right", "rollout/tokens_wrong")  # perhaps not in the first step
+
+
 def charts_of(names: set[str]) -> dict[str, dict[str, list]]:
     """The charts of metrics that a run has, as TensorBoard's custom scalars."""
     interval = ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"]

@@ -27,6 +27,7 @@ from support.errors import UserError, silence
 from support.metrics import (
     GLOSSARY,
     REWARD_MEANING,
+    SOMETIMES,
     Metrics,
     Number,
     charts_of,
@@ -67,7 +68,7 @@ class Monitor:
         self.sums: dict[str, list] = {}
         self.writer: SummaryWriter | None = None
         self.alarms = alarms or {}
-        self.charted: set[str] = set()  # metrics that the layout of the charts knows
+        self.charted, self.laid_out = set(SOMETIMES), False  # the charts of this run's metrics
         self.rows: deque[dict[str, float]] = deque(maxlen=LONGEST)  # what the alarms remember
 
     def open(self, run_dir: Path, start_step: int = 0) -> None:
@@ -154,8 +155,9 @@ class Monitor:
             os.fsync(file.fileno())
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
-        if not row.keys() <= self.charted:
-            self.charted |= row.keys()
+        self.charted |= row.keys()
+        if not self.laid_out and "time/step" in row:  # step 0 has an evaluation only
+            self.laid_out = True
             self.writer.add_custom_scalars(charts_of(self.charted))
         for name in new:
             self.text(f"alarm/{name}", f"step {step}: {self.alarms[name].advice}", step)
@@ -261,8 +263,8 @@ def describe_run(monitor: Monitor, config_yaml: str, summary: str) -> None:
         for statistic, text in REWARD_MEANING.items()
     }
     texts = {name: text.replace("<", "`<").replace(">", ">`") for name, text in GLOSSARY.items()}
-    lines = [f"| `{name}` | {text} |" for name, text in (texts | rewards).items()]
-    monitor.text("guide/metrics", "\n".join(["| metric | what it means |", "|---|---|", *lines]))
+    lines = [f"- `{name}`: {text}" for name, text in (texts | rewards).items()]
+    monitor.text("guide/metrics", "\n".join(lines))  # a table would break the names in two
     monitor.text("guide/config", f"```yaml\n{summary}```\n\n```yaml\n{config_yaml}```")
 
 

@@ -68,8 +68,7 @@ def open_run(
         if resume:  # new_run_dir has written that of a new run
             config.save(run.run_dir / "config.yaml")
         config_yaml = (run.run_dir / "config.yaml").read_text(encoding="utf-8")
-        summary = {"sizes": config.arithmetic, "objective": asdict(run.objective)}
-        describe_run(run.monitor, config_yaml, yaml.safe_dump(summary, sort_keys=False))
+        describe_run(run.monitor, config_yaml, summary_of(run))
         yield run, steps
     except OSError as error:
         raise UserError(
@@ -80,6 +79,12 @@ def open_run(
         steps.close()  # gives the signals back, also after an error
         run.monitor.close()
         held.release()
+
+
+def summary_of(run: Any) -> str:
+    """The sizes of a step and the effective objective, as YAML."""
+    summary = {"sizes": run.config.arithmetic, "objective": asdict(run.objective)}
+    return yaml.safe_dump(summary, sort_keys=False, allow_unicode=True, width=200)
 
 
 def build_on(config: Config, resume: str | None, build: Callable[[Config, str | None], Any]) -> Any:
