@@ -1,9 +1,8 @@
 """A group of completions for each question, through transformers' `generate`.
 
 The tokens are drawn from the distribution that loss.py computes, softmax(logits / temperature),
-with no other filter unless --top_p asks for one, whatever the model's own generation settings say
-(Qwen's: top_k 20 and a repetition penalty). The log-probability of each draw is kept, to be
-compared with the trainer's.
+with no other filter unless --top_p asks for one: not by the model's own generation settings
+(Qwen's: top_k 20 and a repetition penalty). The log-probability of each draw is kept.
 """
 
 from collections.abc import Callable, Iterable

@@ -76,9 +76,11 @@ def fit(
         for chosen in batches(
             list(zip(examples, weights, strict=True)), config.micro_batch_size or 4
         ):
-            batch = pad_batch([e for e, _ in chosen]).to(policy.device)
+            batch = pad_batch([e for e, _ in chosen])
             log_probs, *_ = policy(batch)
-            per_sequence = torch.where(batch.action_mask, log_probs, 0.0).sum(dim=-1)
+            per_sequence = torch.where(batch.action_mask.to(policy.device), log_probs, 0.0).sum(
+                dim=-1
+            )
             loss = -(torch.stack([w for _, w in chosen]).to(policy.device) * per_sequence).sum()
             loss.backward()
             total += loss.item()

@@ -158,7 +158,7 @@ def policy_pass(
     done = []
     # Nothing is kept for a backward pass, so four times as many sequences fit.
     for items in batches(experiences, 4 * size if size > 1 else 1):
-        found = [values.cpu() for values in policy(pad_batch(items).to(policy.device))]
+        found = [values.cpu() for values in policy(pad_batch(items))]
         for i, item in enumerate(items):
             rows = [values[i, : item.num_actions] for values in found]
             done.append(replace(item, **dict(zip(names, rows, strict=False))))
@@ -213,9 +213,10 @@ def add_gradients(
     total, entropy = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
     found = []
     for chosen in batches(pairs, size):
-        batch = pad_batch([e for e, _ in chosen]).to(policy.device)
+        batch = pad_batch([e for e, _ in chosen])
         weights = torch.stack([weight for _, weight in chosen]).to(policy.device)
         log_probs, entropies, *exact_kl = policy(batch, reference)
+        batch = batch.to(policy.device)
         share, logged = loss(log_probs, batch, weights, entropies, *exact_kl)
         share.backward()
         total += share.detach()

@@ -24,8 +24,15 @@ class Policy(nn.Module):
     of the logits, which never leave it.
     """
 
-    def __init__(self, model: nn.Module, log_probs: LogProbs, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        log_probs: LogProbs,
+        temperature: float = 1.0,
+        on_host: bool = False,
+    ) -> None:
         super().__init__()
+        self.on_host = on_host  # whether log_probs looks at tokens before they are moved
         self.model = model
         self.log_probs = log_probs
         self.temperature = temperature
@@ -35,11 +42,15 @@ class Policy(nn.Module):
         """What `log_probs` says of a padded batch: log-probabilities, entropies, ...; each (B, C).
 
         Args:
-            batch: an Experience. reference: for functions that compute the exact KL to it.
+            batch: an Experience, best on the CPU.
+            reference: for functions that compute the exact KL to it.
         """
         others = () if reference is None else (reference.model,)
-        arguments = batch.sequences, batch.attention_mask, batch.num_actions
-        return self.log_probs(self.model, *arguments, self.temperature, *others)
+        tokens = batch.sequences, batch.attention_mask
+        if not self.on_host:
+            tokens = [tensor.to(self.device) for tensor in tokens]
+        arguments = *tokens, batch.num_actions, self.temperature
+        return self.log_probs(self.model, *arguments, *others)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +97,8 @@ def load_policies(
     shared = partial(shared_log_probs, token_log_probs=token_log_probs)
     if all(share_prompts(network, name, longest, log_probs, shared) for network in models):
         log_probs = shared
-    policies = [Policy(network, log_probs, config.temperature) for network in models]
+    settings = log_probs, config.temperature, log_probs is shared
+    policies = [Policy(network, *settings) for network in models]
     policy = accelerator.prepare_model(policies[0])
     if precision == "bf16":
         policy.copy_in_bf16(name)

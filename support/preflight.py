@@ -219,6 +219,5 @@ def ask_policy(policy: Any, batches: Iterable[Any]) -> Tensor:
     """What a policy says of the tokens of padded batches, one after the other: float32 (N,)."""
     found = []
     for batch in batches:
-        batch = batch.to(policy.device)
-        found.append(policy(batch)[0][batch.action_mask].float().cpu())
+        found.append(policy(batch)[0].float().cpu()[batch.action_mask])
     return torch.cat(found)

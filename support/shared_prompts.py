@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,18 +50,22 @@ def shared_log_probs(
 
     Args:
         model: one that `share_prompts` has found to take this.
-        sequences: int64 (B, P + C); attention_mask: bool (B, P + C); num_actions: C.
+        sequences: int64 (B, P + C); attention_mask: bool (B, P + C); num_actions: C. On the CPU,
+            where the row is laid out: on a GPU each look at a length would wait for it.
         reference: a model whose logits `token_log_probs` is given too.
         token_log_probs: of logits (N, V), tokens (N,), temperature and the reference's logits.
     Returns:
         each thing that `token_log_probs` returns, float32 (B, C); 0 where there is no token.
     """
+    sequences, device = sequences.cpu(), model.device
+    row = pack_rows(sequences, attention_mask.cpu(), num_actions)
     tokens = sequences[:, -num_actions:].flatten()
-    row = pack_rows(sequences, attention_mask, num_actions)
-    networks, states = [model], [hidden_states(model, row, sequences)]
+    own, inputs = tokens[row.targets].to(device), sequences.flatten()[row.source].to(device)
+    row = row.to(device)
+    networks, states = [model], [hidden_states(model, row, inputs)]
     if reference is not None:
         with torch.no_grad():
-            states.append(hidden_states(reference, row, sequences))
+            states.append(hidden_states(reference, row, inputs))
         networks.append(reference)
     heads = [Head(network) for network in networks]
 
@@ -69,8 +73,8 @@ def shared_log_probs(
         logits, *others = (head(x) for head, x in zip(heads, states, strict=True))
         return token_log_probs(logits, tokens, temperature, *others)
 
-    found = in_pieces(piece, tokens[row.targets], *states, vocabulary=heads[0].vocabulary)
-    blank = torch.zeros(len(tokens), device=tokens.device)
+    found = in_pieces(piece, own, *states, vocabulary=heads[0].vocabulary)
+    blank = torch.zeros(len(tokens), device=device)
     return tuple(blank.index_put((row.targets,), x).view(-1, num_actions) for x in found)
 
 
@@ -99,10 +103,16 @@ class PackedRow:
     read: Tensor  # int64 (N,): the place in the row whose state predicts each completion token
     targets: Tensor  # int64 (N,): the place of that token in the (B, C) completions
 
+    def to(self, device: torch.device) -> "PackedRow":
+        """The same on `device`."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        contexts = [(queries.to(device), keys.to(device)) for queries, keys in self.contexts]
+        return replace(self, contexts=contexts, **moved)
+
 
 def pack_rows(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> PackedRow:
     """Lay out neighbours with the same prompt behind it; arguments as in `shared_log_probs`."""
-    width, device = sequences.shape[1], sequences.device
+    width = sequences.shape[1]
     edge = width - num_actions  # P
     real = torch.where(attention_mask, sequences, -1)[:, :edge]
     same_as_before = [False, *(real[1:] == real[:-1]).all(dim=-1).tolist()]
@@ -124,25 +134,25 @@ def pack_rows(sequences: Tensor, attention_mask: Tensor, num_actions: int) -> Pa
         read += [prompts[-1][-1], *own]
         targets += range(i * num_actions, i * num_actions + completion)
 
-    contexts = [(index_table(prompts, device), index_table(prompts, device))]
+    contexts = [(index_table(prompts), index_table(prompts))]
     order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
     size = math.ceil(len(order) / LENGTHS)
     for part in (order[i : i + size] for i in range(0, len(order), size)):
-        queries = index_table([completions[i] for i in part], device)
-        contexts.append((queries, index_table([contexts_of[i] for i in part], device)))
+        queries = index_table([completions[i] for i in part])
+        contexts.append((queries, index_table([contexts_of[i] for i in part])))
     places = torch.cat([query_index.flatten() for query_index, _ in contexts])
-    restore_order = torch.empty(len(source), dtype=torch.long, device=device)
+    restore_order = torch.empty(len(source), dtype=torch.long)
     restore_order[places[places >= 0]] = (places >= 0).nonzero().squeeze(-1)
-    lists = (torch.tensor(x, device=device) for x in (source, positions, read, targets))
+    lists = (torch.tensor(x) for x in (source, positions, read, targets))
     source, positions, read, targets = lists
     return PackedRow(source[None], positions[None], contexts, restore_order, read, targets)
 
 
-def index_table(rows: list[Sequence[int]], device: torch.device) -> Tensor:
+def index_table(rows: list[Sequence[int]]) -> Tensor:
     """Rows of places as one tensor, padded with -1."""
     longest = max(map(len, rows))
     padded = [[*row, *[-1] * (longest - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.long, device=device)
+    return torch.tensor(padded, dtype=torch.long)
 
 
 def shared_prompt_attention(
@@ -185,13 +195,17 @@ def shared_prompt_attention(
     return torch.cat(results).index_select(0, row.restore_order)[None], None
 
 
-def hidden_states(model: nn.Module, row: PackedRow, sequences: Tensor) -> Tensor:
-    """The last hidden states that predict the completion tokens, (N, hidden size)."""
+def hidden_states(model: nn.Module, row: PackedRow, inputs: Tensor) -> Tensor:
+    """The last hidden states that predict the completion tokens, (N, hidden size).
+
+    Args:
+        inputs: int64 (1, T), the tokens of the row.
+    """
     assert model.config._attn_implementation == SHARED, "share_prompts comes first"
     # A mask keeps the model from making one of its own; our attention does not look at it.
-    no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=sequences.device)
+    no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
     output = model.base_model(
-        input_ids=sequences.flatten()[row.source],
+        input_ids=inputs,
         position_ids=row.positions,
         attention_mask=no_mask,
         use_cache=False,

@@ -1,6 +1,7 @@
 """train.py end to end: it equals itself, it resumes, it survives bad numbers, it learns."""
 
-import subprocess
+import importlib
+import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -8,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, metrics
-from steps import build, copy_of, fill, learn, one_step, sample, shared_run
+from conftest import metrics
+from steps import build, copy_of, fill, forked, learn, one_step, sample, shared_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -498,13 +499,19 @@ def test_memory_that_ends_in_a_backward_pass_leaves_no_gradient(tmp_path, few_qu
 
 def test_it_can_be_imported_where_unix_is_not():
     """On Windows there is no `resource` and no SIGHUP: both are done without."""
-    code = (
-        "import signal, sys, datasets, torch.utils.tensorboard, transformers.modeling_utils, accelerate\n"
-        "sys.modules['resource'] = None; del signal.SIGHUP, signal.setitimer\n"
-        "import train, run, evaluate, sft; from support.schedule import Interruption as I; print(len(I.SIGNALS))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "2", done.stderr
+
+    def work():
+        for name in [
+            n for n in sys.modules if n.split(".")[0] in ("train", "support", "objectives")
+        ]:
+            del sys.modules[name]
+        sys.modules["resource"] = None
+        del signal.SIGHUP, signal.setitimer
+        importlib.import_module("train")
+        print(len(importlib.import_module("support.schedule").Interruption.SIGNALS))
+
+    code, out, error = forked(work)
+    assert code == 0 and out.strip() == "2", error
 
 
 def test_memory_on_a_mac_is_in_bytes(monkeypatch):
