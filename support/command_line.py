@@ -267,6 +267,16 @@ def newest_run() -> Path | None:
     return max(runs, key=lambda run: run.stat().st_mtime, default=None)
 
 
+def is_of_a_run(file: Path) -> bool:
+    """Whether a config.yaml is ours; other programs have files of that name too."""
+    if not file.is_file():
+        return False
+    ours = file.read_text(encoding="utf-8", errors="replace").startswith("preset:")
+    if not ours:
+        print(f"{quoted(file)} is another program's, and is not looked at")
+    return ours
+
+
 def parse_run_config(
     argv: list[str], description: str | None, choices: Choices, **extra: str
 ) -> tuple[Config, Extra]:
@@ -289,7 +299,7 @@ def parse_run_config(
     folder = find_model(config.model)
     saved = Path(folder, "config.yaml")
     others["base"] = others.get("base")
-    if saved.is_file() and not any(a.startswith(("--config", "--preset")) for a in argv):
+    if is_of_a_run(saved) and not any(a.startswith(("--config", "--preset")) for a in argv):
         others["base"] = others["base"] or parse_config(["--config", str(saved)])[0].model
         config, _ = parse_config(["--config", str(saved), *argv], description, choices, **extra)
     return Config(**{**vars(config), "model": folder}), others

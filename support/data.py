@@ -192,7 +192,7 @@ def read_hub(name: str, split: str, hub_config: str) -> list[tuple[dict, str]]:
     try:
         rows = datasets.load_dataset(name, hub_config, split=split)
     except Exception as error:  # datasets, the hub client and the network have their own kinds
-        advice = "check the name and the connection, or give --dataset a local file or folder"
+        advice = "check the name and the connection; a file or folder of that name is not here"
         if "BuilderConfig" in str(error):
             advice = "choose one with --dataset_config"
         raise UserError(

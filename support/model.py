@@ -266,6 +266,13 @@ def loading_failed(what: str, name: str, error: Exception) -> str:
             'convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{name}').save_pretrained('{name}')\"."
         )
+    old = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if what == "tokenizer" and old:
+        return (
+            f"{name} has its tokenizer only as tokenizer.model, which needs a package to be read: "
+            "pip install sentencepiece tiktoken protobuf; or take tokenizer.json from the model's "
+            "page."
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
         type(error).__name__
     ]

@@ -35,6 +35,19 @@ REFUSALS = (
 )
 
 
+def mend_padding(tokenizer: Any, rows: int) -> bool:
+    """Whether a padding token of its own is all that a tokenizer has beyond the model's rows.
+
+    Some tools (Unsloth) add one, and the model never sees it: the end token takes its place.
+    """
+    beyond = [token for token, place in tokenizer.get_vocab().items() if place >= rows]
+    if beyond != [tokenizer.pad_token]:
+        return False
+    print(f"the padding token {tokenizer.pad_token} has no place in the model: the end token pads")
+    tokenizer.pad_token = tokenizer.eos_token
+    return True
+
+
 def check_model(
     model: nn.Module, tokenizer: Any, config: Config, log_probs: Callable[..., tuple[Tensor, ...]]
 ) -> None:
@@ -48,7 +61,7 @@ def check_model(
     """
     try:
         rows = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
+        if len(tokenizer) > rows and not mend_padding(tokenizer, rows):
             raise UserError(
                 f"The tokenizer of {config.model} has {len(tokenizer)} tokens, the model only "
                 f"{rows}: no match. Give the model its own tokenizer."

@@ -1,5 +1,6 @@
 """preflight.py: a sampler that is not the trainer is noticed before anything is written."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -13,13 +14,13 @@ from loss import sequences_log_probs
 from replay_buffer import pad_batch
 from rollout import rollout
 from support import generation
-from support.command_line import parse_config
+from support.command_line import is_of_a_run, parse_config
 from support.config import Config
 from support.data import load_questions
 from support.errors import UserError
-from support.model import load_model, pad_rows
+from support.model import load_model, load_tokenizer, pad_rows
 from support.policy import Policy
-from support.preflight import check_sampler, find_fault
+from support.preflight import check_sampler, find_fault, mend_padding
 from support.prompts import with_prompts
 
 
@@ -274,3 +275,33 @@ def test_a_model_that_cannot_be_saved_is_said_at_the_start(tmp_path, monkeypatch
     error = capsys.readouterr().err
     assert "could be trained, but not saved (ValueError: The generation config" in error
     assert "generation_config.json" in error and not list(tmp_path.iterdir())
+
+
+def test_a_padding_token_beyond_the_model_is_done_without(tmp_path, capsys):
+    """As Unsloth adds one: the model never sees it. Any other token without a row is refused."""
+    tokenizer, model = load_tokenizer("tiny/model"), load_model("tiny/model", "fp32")
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_special_tokens({"pad_token": "<|PAD|>"})
+    assert len(tokenizer) == rows + 1 and mend_padding(tokenizer, rows)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert "<|PAD|> has no place in the model: the end token pads" in capsys.readouterr().out
+    tokenizer.add_tokens(["<more>"])
+    assert not mend_padding(tokenizer, rows)
+
+
+def test_a_tokenizer_that_needs_a_package_is_said(tmp_path):
+    shutil.copytree(ROOT / "tiny" / "model", tmp_path / "m")
+    for file in (tmp_path / "m").glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "m" / "tokenizer.model").write_text("x")
+    with pytest.raises(UserError, match="only as tokenizer.model.*pip install sentencepiece"):
+        load_tokenizer(str(tmp_path / "m"))
+
+
+def test_a_config_of_another_program_is_left_alone(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("training:\n  lr: 1e-4\n")
+    assert (
+        not is_of_a_run(tmp_path / "config.yaml") and "another program's" in capsys.readouterr().out
+    )
+    Config().save(tmp_path / "config.yaml")
+    assert is_of_a_run(tmp_path / "config.yaml") and not is_of_a_run(tmp_path / "none.yaml")
