@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from support.equation import conclusion
-from support.plain_text import CHARACTERS, plain
+from support.equation import conclusion, is_true_sum
+from support.plain_text import CHARACTERS, chinese_to_digits, plain
 from support.units import Unit, factor, read_unit
 from support.words import ANOTHER_NUMBER, CHANGES, DENIALS, HAN, WORDS, keep_its_meaning
 
@@ -28,7 +28,8 @@ HYPHEN = r"(?<=[A-Za-z])-(?=[A-Za-z])"
 BEFORE = (
     rf"(?P<before>(?:[{LETTER} ,.:;!'\"`#)\]]|(?<![A-Za-z])[(\[]|{HYPHEN})*)(?<![A-Za-z.,!)\]])"
 )
-SIGN = r"(?P<sign>(?:^[-+] |[-+])?)"  # away from its number at the start only: `48 - 24` is no -24
+# Away from its number at the start only: `48 - 24` is no -24.
+SIGN = rf"(?P<sign>(?:^[-+] |(?<![{HAN}])[-+])?)"
 FRACTION = r"(?:(?P<whole>\d+) (?:and )?)?(?P<over>\d+) ?/ ?(?P<under>\d+)"
 # m^2, m², km/h; but not 72².
 UNIT = rf"(?<=[{LETTER}]) ?\^ ?[23](?!\.?\d)|(?<=[{LETTER}])[²³]|/ ?(?=[{LETTER}])"
@@ -38,7 +39,7 @@ STATES = re.compile(rf"{BEFORE}{SIGN}(?:{FRACTION}|(?P<number>{NUMBER})){AFTER}"
 # cost).
 SUM = re.compile(r"(?:[\d\s.()+*/÷^%$€£¥₹-]|,(?=\d{3}(?!\d)))*")
 NAME = re.compile(rf"([{LETTER} .,:']*?)(?:\b[A-Za-z])? ?")
-DIGIT = re.compile(r"\d|[一二两三四五六七八九十]")
+DIGIT = re.compile(r"\d")
 SENTENCE = re.compile(r"(?<=[a-z\d)*$%][.!]) +")
 JOINED = re.compile(
     r"[-+*/=<>^÷]\s*\$?\s*\Z|(?:\A|\s)(?:and|or|not|to|of|of the|through)\s*\Z"
@@ -103,13 +104,14 @@ def read(text: str, own: frozenset[str] = frozenset(), trusted: bool = False) ->
     """
     if len(text) > LONGEST_ANSWER:
         return None
-    line = plain(COMMENT.sub("", text) if trusted else text)
+    line = plain(COMMENT.sub(comment, text) if trusted else text)
     *left, right = line.split("=")
     stated = STATES.fullmatch(right.strip())
     changes = ANOTHER_NUMBER if trusted else CHANGES
     if (
         stated
         and all(map(is_sum_or_name, left))
+        and (not left or not DIGIT.search(left[-1]) or is_true_sum(left[-1], right))
         and keep_its_meaning(stated["before"], stated["after"], changes, own)
     ):
         value = number_of(stated)
@@ -122,6 +124,12 @@ def read(text: str, own: frozenset[str] = frozenset(), trusted: bool = False) ->
     stated = STATES.fullmatch(number.replace("- ", "-"))
     value = number_of(stated) if stated else None
     return None if value is None else Reading(value, read_unit(before, after))
+
+
+def comment(found: re.Match[str]) -> str:
+    """A remark in brackets is left out of a reference, but not one of size: 6 (thousand)."""
+    sizes = {word.lower().removesuffix("s") for word in WORDS.findall(found[0])} & ANOTHER_NUMBER
+    return found[0] if sizes else ""
 
 
 def states_number(reference: str) -> bool:
@@ -150,7 +158,8 @@ def parse_number(text: str) -> Fraction | None:
 def is_sum_or_name(left: str) -> bool:
     """Whether what equals the number is a sum (`48 + 24`) or a name (`x`), not `71 or x`."""
     name = NAME.fullmatch(left.strip())
-    return bool(SUM.fullmatch(left)) or (name is not None and keep_its_meaning(name[1]))
+    is_sum = SUM.fullmatch(left) and (DIGIT.search(left) or not left.strip())
+    return bool(is_sum) or (name is not None and keep_its_meaning(name[1]))
 
 
 def same_answer(answer: str, reference: str) -> bool:
@@ -171,7 +180,7 @@ def same_reading(answer: Reading, reference: Reading) -> bool:
 def words(text: str) -> list[str]:
     """What is compared where no number is: no capitals, bold, full stop; short LaTeX plain."""
     short = plain(text) if len(text) <= LONGEST_ANSWER else text
-    return short.casefold().strip(" \n*`.").split() or text.split()
+    return short.casefold().strip(" \n*`").rstrip(".").split() or text.split()
 
 
 def is_correct(completion: str, reference: str, truncated: bool = False) -> bool:
@@ -183,34 +192,38 @@ def is_correct(completion: str, reference: str, truncated: bool = False) -> bool
 def is_correct_flexible(completion: str, reference: str, truncated: bool = False) -> bool:
     """Flexible: the answer tag, or without one what the last sentence with a number states.
 
-    Where it has several numbers and no equation, the last one counts if the sentence concludes
-    (CONCLUDES) and the words around the number leave it as it is. A completion that was cut off has
+    Where it has several numbers and no equation, the last one counts if the words since the one
+    before it conclude (CONCLUDES), and leave it as it is. A completion that was cut off has
     not come to its answer.
     """
     answer = find_answer(completion, truncated)
     if answer is not None:
         return same_answer(answer, reference)
     tail = completion[-10 * LONGEST_ANSWER :].translate(CHARACTERS).strip()
-    lines = [line for line in tail.splitlines() if DIGIT.search(line)]
+    lines = [line for line in tail.splitlines() if DIGIT.search(chinese_to_digits(line))]
     if truncated or not lines or len(lines[-1]) > 5 * LONGEST_ANSWER:
         return False
+    later = tail[tail.rfind(lines[-1]) + len(lines[-1]) :]
+    if not keep_its_meaning("", later, DENIALS):
+        return False
     sentences = SENTENCE.split(lines[-1])
-    while not DIGIT.search(sentences[-1]):
+    while not DIGIT.search(chinese_to_digits(sentences[-1])):
         if not keep_its_meaning("", sentences.pop(), DENIALS):  # `18. That is wrong.`
             return False
-    return same_answer(sentences[-1], reference) or same_answer(
-        last_number(sentences[-1]), reference
-    )
+    whole = read(sentences[-1]) is not None
+    return same_answer(sentences[-1] if whole else last_number(sentences[-1]), reference)
 
 
 def last_number(sentence: str) -> str:
-    """The last number of a sentence that concludes, with the words since the one before it.
+    """The last number of a sentence, if a conclusion leads to it, with the words since another.
 
     Nothing where the two are joined: `17 or 18`, `17, 18`, `48 - 24`, `15 of 18`.
     """
     numbers = list(re.finditer(NUMBER, sentence))
-    if len(numbers) < 2 or not CONCLUDES.search(sentence):
+    if len(numbers) < 2:
         return ""
     between = sentence[numbers[-2].end() : numbers[-1].start()]
+    if not CONCLUDES.search(between):
+        return ""
     joined = JOINED.search(between) or not re.search(rf"[A-Za-z]{{2}}|[{HAN}]", between)
     return "" if joined else sentence[numbers[-2].end() :].lstrip("%.,")

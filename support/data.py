@@ -82,7 +82,8 @@ def load_questions(dataset: str, split: str, config: Config | None = None) -> li
 
 def find_split(folder: Path, split: str) -> Path:
     """The one file of `folder`, or of the folder `data` in it, that holds `split`."""
-    if (folder / "data").is_dir():
+    own = any(f.name.endswith(FORMATS) and f.name.startswith(split) for f in folder.iterdir())
+    if (folder / "data").is_dir() and not own:
         folder = folder / "data"  # as in a copy of a hub dataset
     files = [
         f
@@ -132,8 +133,7 @@ def read_file(path: Path) -> list[tuple[dict, str]]:
         # Windows programs put a mark at the beginning.
         with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
             if path.suffix == ".csv":
-                rows = csv.DictReader(lines)
-                return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+                return read_csv(path, lines)
             return read_json(path, lines)
     except (OSError, EOFError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -142,6 +142,18 @@ def read_file(path: Path) -> list[tuple[dict, str]]:
         raise UserError(
             f"{path} cannot be read as UTF-8 text ({error}); save it again, as UTF-8."
         ) from error
+
+
+def read_csv(path: Path, lines: TextIO) -> list[tuple[dict, str]]:
+    """Rows of a table whose first line has the names of its columns."""
+    rows = [(row, f"{path}, row {i}") for i, row in enumerate(csv.DictReader(lines), 1)]
+    for row, where in rows:
+        if None in row or None in row.values():
+            raise UserError(
+                f"{where} has {'more' if None in row else 'fewer'} cells than the first line has "
+                'names; a text with a comma stands in double quotes ("a, b").'
+            )
+    return rows
 
 
 def read_parquet(path: Path) -> list[tuple[dict, str]]:
@@ -242,7 +254,12 @@ def parse_answer(row: dict[str, Any], where: str, column: str) -> tuple[str, str
     """The worked solution of a row, perhaps empty, and its final answer."""
     answer, only = row.get(column), row.get("answer_only")
     if column != "answer" and (is_number(answer) or isinstance(answer, str)):
-        solution, _, reference = str(answer).rpartition("####")
+        solution, marker, reference = str(answer).rpartition("####")
+        if not marker and len(reference.strip().splitlines()) > 1:
+            raise UserError(
+                f"{where}: the column {column} has several lines and no '#### ' line with the "
+                "final answer; name another with --answer_column."
+            )
         return solution, reference
     solution, marker, reference = (answer if isinstance(answer, str) else "").rpartition("####")
     if only is not None and column == "answer":

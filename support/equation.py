@@ -16,6 +16,7 @@ from support.words import (
     DENIALS,
     HAN,
     MORE_HAN,
+    NUMERALS,
     UNIT_LETTERS,
     changes_han,
     word_set,
@@ -26,7 +27,7 @@ TOKEN = re.compile(
     rf"(?P<mixed>\d+ \d+/\d+(?![\d/]))|(?P<number>(?:{VALUE})(?:e\d{{1,2}})?(?![\d.]*\d))"
     rf"|(?P<word>[A-Za-z](?:[A-Za-z&']|-(?=[A-Za-z]))*[²³]?|[{HAN}]+[²³]?"
     rf"|/(?= ?[A-Za-z{HAN}])|[$€£¥₹¢°#\"'`])"
-    r"|(?P<sign>[+*/÷-])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<equals>=)|(?P<percent>%)"
+    r"|(?P<sign>[+*/÷^-])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<equals>=)|(?P<percent>%)"
     r"|(?P<break>[,.;:!?])|(?P<other>\S)"
 )
 OPERANDS = ("number", "mixed", "open")
@@ -34,6 +35,7 @@ SIGNS = {"x": "*", "plus": "+", "minus": "-", "times": "*"}
 UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 BINARY = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: lambda base, power: small_power(base, power),
 }  # fmt: skip
 MOST_TOKENS = 150
 # Behind the result a number may stand in an addition such as `for 6 hours`.
@@ -42,7 +44,12 @@ PREPOSITIONS = word_set(
 )
 ENDS = word_set("and but so then leaving plus minus which")  # a new statement begins
 AUXILIARIES = word_set("did do does are were have has had will would can could")
+WRONG = word_set("wrong incorrect false untrue impossible 错 不对 错误")
+AFTER_NOT = word_set("true right correct because")
+# Behind the result: it is not the end of the sum.
+GOES_ON = word_set("squared cubed doubled doubles tripled half plus minus impossible but 但 但是")
 CLAUSES = word_set("so thus therefore hence means because since")
+NUMBER_WORDS = word_set(NUMERALS) - {"one"}
 TITLES = word_set("mr mrs ms dr st")
 # In `add up 3 + 4` it changes nothing.
 BEFORE_A_SUM = CHANGES - word_set("up")
@@ -109,15 +116,26 @@ def conclusion(text: str, own: frozenset[str]) -> tuple[str, str, str] | None:
     left = tokens[begin : places[-1]]
     if right is None or any(has_unknown(tokens[:place]) for place in places[:-1]):
         return None
-    start = expression_start(left)
+    start, in_percent = expression_start(left), bool(rest) and rest[0].kind == "percent"
     if start is not None:
-        stated = is_true(left[start:], right)
+        stated = is_true(left[start:], right, in_percent)
     else:
         start, stated = len(left) - 1, len(places) == 1 and is_name(left)
-    if not stated or denied(left[:start]) or not follows_well(rest, value_of(right), own):
+    before, value = tokens[: begin + max(start, 0)], value_of(right)
+    if not stated or denied(before) or states_another(before, value):
+        return None
+    if not follows_well(rest, value, own):
         return None
     end = right[-1].end
     return text[right[0].start : end], text[: left[start].start], text[end:]
+
+
+def is_true_sum(left: str, right: str) -> bool:
+    """Whether `left`, all of it, is the number that `right` begins with."""
+    tokens, (found, rest) = tokens_of(left), right_side(tokens_of(right))
+    if found is None or not tokens:
+        return False
+    return is_true(tokens, found, bool(rest) and rest[0].kind == "percent")
 
 
 def right_side(tokens: list[Token]) -> tuple[list[Token] | None, list[Token]]:
@@ -206,8 +224,31 @@ def is_name(tokens: list[Token]) -> bool:
     return named and all(t.kind == "word" and not t.unknown for t in clause)
 
 
+def states_another(tokens: list[Token], value: Fraction) -> bool:
+    """Whether another answer stands before: `20, since 10 + 8 = 18`, `Answer: 20. 9 * 2 = 18`.
+
+    At the beginning, behind the word answer, or before a because that leads to the equation.
+    """
+    numbers = [i for i, token in enumerate(tokens) if token.kind in ("number", "mixed")]
+    other = [i for i in numbers if value_of([tokens[i]]) != value]
+    words = [token.text.lower() for token in tokens]
+    if other and other[0] == 0 and len(tokens) > 1 and tokens[1].kind in ("break", "open"):
+        return True
+    if any({"answer", "result", "答案"} & set(words[max(0, i - 3) : i]) for i in other):
+        return True
+    reasons = [i for i, word in enumerate(words) if word in ("because", "since", "因为")]
+    if not reasons or any(token.kind == "break" for token in tokens[reasons[-1] :]):
+        return False
+    claims = [i for i in numbers if i < reasons[-1]]
+    return bool(claims) and claims[-1] in other
+
+
 def denied(tokens: list[Token]) -> bool:
-    """Whether the clause that leads to an equation takes it back: `it is not 9 * 2 = 18`."""
+    """Whether what leads to an equation takes it back: `it is not 9 * 2`, `Wrong: 9 * 2 = 18`."""
+    for token, follows in zip(tokens, [*tokens, None][1:], strict=False):
+        ends = follows is None or follows.kind == "break" or follows.text.lower() in AFTER_NOT
+        if token.text.lower() in WRONG or (token.text.lower() == "not" and ends):
+            return True
     for token in reversed(tokens):
         word = token.text.lower()
         if token.kind == "break" or word in CLAUSES:
@@ -241,6 +282,10 @@ def follows_well(tokens: list[Token], value: Fraction, own: frozenset[str]) -> b
             of_others = word == "not" and last and last.text.lower() in AUXILIARIES
             if (word in DENIALS - own and not of_others) or changes_han(word):
                 return False
+            if word in GOES_ON or (new_statement and word in NUMBER_WORDS):
+                return False
+            if word in ("least", "most") and last and last.text.lower() == "at":
+                return False
             addition |= word in PREPOSITIONS
             new_statement |= word in ENDS
         if token.kind == "other" or token.text == "?" or is_sign(token, follows):
@@ -273,13 +318,15 @@ def value_of(tokens: list[Token]) -> Fraction:
     return -total if negative else total
 
 
-def is_true(tokens: list[Token], right: list[Token]) -> bool:
+def is_true(tokens: list[Token], right: list[Token], in_percent: bool) -> bool:
     """Whether a sum is the number on its right, to the places that are printed there.
 
-    50 % is 0.5 or, as in `7/20 * 100% = 35%`, 50.
+    50 % is 0.5 or, where the result is in percent (`7/20 * 100% = 35%`), 50.
     """
     value, decimals = value_of(right), len(right[-1].text.partition(".")[2])
-    found = [sum_of(tokens, percent) for percent in (Fraction(1, 100), Fraction(1))]
+    whole = in_percent or [token.text for token in tokens[-2:]] == ["100", "%"]
+    percents = (Fraction(1, 100), Fraction(1)) if whole else (Fraction(1, 100),)
+    found = [sum_of(tokens, percent) for percent in percents]
     precision = Fraction(1, 2 * 10**decimals) if decimals else 0
     return any(other is not None and abs(other - value) <= precision for other in found)
 
@@ -295,7 +342,12 @@ def sum_of(tokens: list[Token], percent: Fraction) -> Fraction | None:
             name = f"n{len(numbers)}"
             numbers[name], piece = value_of([token]), name
         else:
-            pieces = {"sign": token.text, "open": "(", "close": ")", "percent": "*percent"}
+            pieces = {
+                "sign": token.text.replace("^", "**"),
+                "open": "(",
+                "close": ")",
+                "percent": "*percent",
+            }
             piece = pieces.get(token.kind, "")
         text += "*(" if piece == "(" and last not in ("", "(", *"+-*/") else piece
         last = piece or last
@@ -303,6 +355,13 @@ def sum_of(tokens: list[Token], percent: Fraction) -> Fraction | None:
         return value_at(ast.parse(text, mode="eval").body, numbers)
     except (SyntaxError, ZeroDivisionError, KeyError, RecursionError):
         return None
+
+
+def small_power(base: Fraction, power: Fraction) -> Fraction:
+    """2^3; KeyError for one that would take long."""
+    if power.denominator != 1 or not 0 <= power <= 12 or abs(base) > 10**6:
+        raise KeyError(power)
+    return base ** int(power)
 
 
 def value_at(node: ast.AST, numbers: dict[str, Fraction]) -> Fraction:

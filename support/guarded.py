@@ -62,6 +62,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         over.set()
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         thread.join()
+        # What the block has blocked comes now, while it is expected.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGVTALRM})
         signal.signal(signal.SIGVTALRM, handler or signal.SIG_DFL)
     if late or time.monotonic() >= end:  # swallowed by a bare `except:`, or by a call into C
         raise TimeUp

@@ -6,8 +6,9 @@ What is done here keeps the meaning of a text, and does not decide anything: ans
 import re
 
 CHARACTERS = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "’": "'", "⁄": "/", "×": "*", "✕": "*", "·": "*", "≈": " ",
-    "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3",
+    "−": "-", "–": "-", "—": "-", "’": "'", "⁄": "/", "×": "*", "✕": "*", "·": "*", "⋅": "*",
+    "≈": " ", "•": " ",
+    "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8", "…": ".",
     "\u200b": "", "\u200e": "", "\u200f": "", "\ufeff": "",
     # Full width, as Chinese keyboards write them.
     "，": ",", "。": ". ", "．": ".", "、": "; ", "；": "; ", "：": ": ", "！": "! ", "？": "? ",
@@ -29,13 +30,14 @@ SHARE = re.compile(rf"(\d+|{RUN})分之(\d+(?:\.\d+)?|{RUN})")
 SHORT = re.compile(r"(?<=\d)(百万|千万|百|千|万|亿)(?![米克瓦卡赫帕分])")
 SIZES = {"百": "e2", "千": "e3", "万": "e4", "亿": "e8", "百万": "e6", "千万": "e7"}
 SPOKEN = [(re.compile(pattern), sign) for pattern, sign in (
-    (r"负(?=\d)", "-"), (r"(?<![增参添附])加上?(?=\d)", "+"), (r"减去?(?=\d)", "-"),
+    (r"负\s*(?=\d)", " -"), (r"(?<![增参添附])加上?(?=\d)", "+"), (r"减去?(?=\d)", "-"),
     (r"乘以?(?=\d)", "*"), (r"除以(?=\d)", "/"), ("等于", "="),
 )]  # fmt: skip
 # A single 一 … 十 is a number if one of these, or nothing, follows: 六个, 八元; not 一共.
 COUNTED = re.compile(
     r"[个只条张本支枝把件位名人元块角分米克吨升斤秒天周年月岁次辆头匹朵颗粒根瓶杯盒包袋箱套双对"
-    r"页台座棵盆首篇门层排行列组种类倍度批盘碗筐篮艘架厘毫千公平立小星英.,;:!?)(\]\s+*/=%°-]"
+    r"页台座棵盆份场道间步首篇门层排行列组种类倍度批盘碗筐篮艘架厘毫千公平立小星英"
+    r".,;:!?)(\]\s+*/=%°-]"
     r"|\Z"
 )
 
@@ -48,7 +50,7 @@ def chinese_number(text: str) -> str | None:
     """`一千零五` as "1005", `三点五` as "3.5", `一九九八` as "1998"; None if it is no number."""
     whole, _, decimals = text.partition("点")
     end = "".join(str(DIGITS[c]) for c in decimals)
-    if all(c in DIGITS for c in whole) and (len(whole) == 1 or len(whole) > 2):
+    if all(c in DIGITS for c in whole) and (len(whole) == 1 or len(whole) > 3):
         value = int("".join(str(DIGITS[c]) for c in whole))
     else:
         found = below_power(whole)
@@ -172,7 +174,9 @@ AMOUNT = r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:e\d+)?(?!\d)"
 PLAINER = [(re.compile(pattern), plain_way) for pattern, plain_way in (
     (r"</?(?:b|i|u|em|strong|p|br|span|mark)\s*/?>", " "),
     (r"<<[^<>]*>>", ""),  # GSM8K's calculator: 48/2 = <<48/2=24>>24
-    (r"n't\b", " not"),
+    (r"n't\b", " not"), (r"\bequals\b", "="),
+    (r"(?<=\d) ?degrees? ([CcFf])(?:elsius|ahrenheit)?\b", r"°\1"),
+    (r"\b(?:USD|US dollars?) ?(?=\d)", "$"), (r"\bEUR ?(?=\d)", "€"),
     (r"(^|= ?)(?:[Mm]inus|[Nn]egative) (?=\d)", r"\1-"),
     (r"\\(?=[%$#])", ""),
     (r"\{,\}|,\\!", ","),
@@ -197,16 +201,21 @@ PLAINER = [(re.compile(pattern), plain_way) for pattern, plain_way in (
     (r"(?<!\d)(?<!\d )(?:\bUS)?[$€£¥₹] ?|(?<!\d )[$€£¥₹](?!\d)", ""),
     (r"(?<=\d) ?\b([APap])\.[Mm]\b\.?", r" \1m"),
     (r"(?<=\d) ?min\b", " minutes"),  # but `min 72` is a bound
-    (r"(?<=\d) ?left over\b", " "),
+    (r"(?<=\d) ?left over\b", " "), (r"° *([CF])\b", r"°\1"),
+    (r"(?<=\d) ([a-z]+) squared\b", r" \1²"), (r"(?<=\d) ([a-z]+) cubed\b", r" \1³"),
     (r"(?<=\d) ?(?:square|sq\.?) ([a-z]+)", r" \1²"), (r"(?<=\d) ?cubic ([a-z]+)", r" \1³"),
     (r"(?<=\d) ?(\(?)平方((?:厘|分|千|毫)?米|公里)", r" \1\2²"),
     (r"(?<=\d) ?(\(?)立方((?:厘|分|毫)?米)", r" \1\2³"),
 )]  # fmt: skip
 
 
+LINES = re.compile(r"(?<=\d) *\n\s*(?=[\d(])")  # one sum below another
+
+
 def plain(text: str) -> str:
     """`text` on one line, in its plainest writing."""
-    text = " ".join(text.translate(CHARACTERS).split())
+    text = LINES.sub("; ", text.translate(CHARACTERS))
+    text = " ".join(text.split())
     text = english_to_digits(chinese_to_digits(text))
     for pattern, plain_way in PLAINER:
         text = pattern.sub(plain_way, text)

@@ -1,5 +1,6 @@
 """Prompts: the text that a completion continues, from the model's chat template; and as tokens."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -12,7 +13,7 @@ from support.data import Question, check_references, load_questions
 from support.errors import UserError
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-NO_LETTERS = re.compile(r"[\W_]+")
+SPACES = re.compile(r"\s+")
 TAGS = re.compile(r"</?[a-z]+>")
 SAID = "answer-of-the-assistant"  # in a rendered chat: where an answer would stand
 
@@ -89,8 +90,10 @@ def without_end(ids: list[int], prompt: str, tokenizer: Any) -> list[int]:
 
 
 def holds(prompt: str, text: str) -> bool:
-    """Whether a prompt has the letters and digits of a text, in order. Templates trim, escape."""
-    return NO_LETTERS.sub("", text) in NO_LETTERS.sub("", prompt)
+    """Whether a prompt has a text, spaces aside. Templates trim, or escape as HTML or JSON."""
+    text, prompt = SPACES.sub("", text), SPACES.sub("", prompt)
+    escaped = json.dumps(text, ensure_ascii=False)[1:-1]
+    return text in prompt or text in html.unescape(prompt) or escaped in prompt
 
 
 def prompts_of(

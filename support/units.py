@@ -34,7 +34,7 @@ TABLE: dict[str, dict[str, str]] = {
     "dollars": {"$ dollar dollars usd 美元": "1", "¢ cent cents 美分": "1/100"},
     "euros": {"€ euro euros eur 欧元": "1"},
     "sterling": {"£ gbp 英镑": "1"},
-    "yuan": {"元 块 yuan rmb 人民币": "1", "角 毛": "1/10"},
+    "yuan": {"元 圆 块 ¥ yuan rmb 人民币": "1", "角 毛": "1/10"},
     "rupees": {"₹ rupee rupees": "1"},
     "volume": {
         "l liter liters litre litres 升": "1", "ml milliliter milliliters 毫升": "1/1000",
@@ -59,16 +59,17 @@ NO_NOUN = word_set(
 )
 SPEEDS = {"mph": "miles/hour", "kmh": "km/hour", "kph": "km/hour", "mpg": "miles/gallon"}
 UNIT = re.compile(
-    rf"[ -]?(?:us )?(?P<name>[$€£¥₹¢%]|°[cf]?|[a-z]+(?:\.[a-z]\.)?|[{HAN}]+)\.?"
+    rf"[ (-]*(?:us )?(?P<name>[$€£¥₹¢%]|°[cf]?|[a-z]+(?:\.[a-z]\.)?|[{HAN}]+)\.?"
     rf"(?: ?\^? ?(?P<power>[23²³])(?!\d))?(?P<rest>.*)",
     re.DOTALL,
 )
-PER = re.compile(rf" ?(?:/ ?|per |an? )(?P<name>[a-z]+|[{HAN}]+)")
-NAMES = word_set(
-    "January February March April May June July August September October November December Monday "
-    "Tuesday Wednesday Thursday Friday Saturday Sunday"
+PER = re.compile(rf" ?(?:/ ?|per |an? |every |each )(?P<name>[a-z]+|[{HAN}]+)")
+# Months and days, short and long; `may` and `march` are other words, unless in capitals.
+NAME = re.compile(
+    r"\b(?:(?i:jan(?:uary)?|feb(?:ruary)?|apr(?:il)?|june?|july?|aug(?:ust)?|sept?(?:ember)?|"
+    r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?|(?:mon|tues|wednes|thurs|fri|satur|sun)day)|"
+    r"Mar(?:ch)?|MAR(?:CH)?|May|MAY)\b|上午|下午|早上|晚上|凌晨|中午|午夜|傍晚"
 )
-NAME = re.compile(rf"\b(?:{'|'.join(sorted(NAMES))})\b|上午|下午|早上|晚上|凌晨")
 CLOCK = re.compile(r"[ \d]([ap])\.?m\b\.?", re.IGNORECASE)
 
 
@@ -84,13 +85,14 @@ class Unit:
 
 def read_unit(before: str, after: str) -> Unit:
     """The unit of a number, from the words before and behind it."""
-    names = {name.lower() for name in NAME.findall(f"{before} {after}")}
+    names = {name.lower()[:3] for name in NAME.findall(f"{before} {after}")}
     clock = CLOCK.match(after if after.startswith(" ") else " " + after)
     if clock:
         return Unit(names=frozenset(names | {clock[1].lower()}))
+    bare = PER.match(after.lower())
     found = UNIT.match(after.lower())
-    if not found:
-        return Unit(names=frozenset(names))
+    if bare or not found:
+        return Unit(None, size_of(bare["name"], None) if bare else None, frozenset(names))
     name, rest = SPEEDS.get(found["name"], found["name"]), found["rest"]
     if "/" in name:
         name, _, rest = name.partition("/")
@@ -121,7 +123,7 @@ def factor(answer: Unit, reference: Unit) -> Fraction | None:
         return None
     ratio = Fraction(1)
     for mine, its, sign in ((answer.over, reference.over, 1), (answer.under, reference.under, -1)):
-        if its and not mine and answer.noun and sign == 1:
+        if sign == 1 and ((its and not mine and answer.noun) or (mine and reference.noun)):
             return None
         if mine and its:
             if mine[:2] != its[:2]:

@@ -11,11 +11,12 @@ import copy
 import importlib.util
 import inspect
 import math
+import re
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ LARGEST_REWARD = 1e9  # above it, float32 has no room for sums and squares
 # What every reward function is given, beside the columns of the dataset.
 GIVEN = ("prompts", "completions", "reference", "completion_ids", "truncated", "max_new_tokens")
 LOGGING = ("log_metric", "log_extra")  # TRL's, given to functions that ask for them
-MIXED_UP = (AttributeError, TypeError)  # what a function for messages raises when it gets a text
+# What a function for messages raises when it gets a text, and hardly anything else does.
+MIXED_UP = re.compile(r"string ind(?:ex|ices)|'str' object")
 
 
 @dataclass
@@ -46,7 +48,7 @@ class UserReward:
 
     function: RewardFunction
     name: str
-    takes_messages: bool = False  # found out at its first call
+    takes_messages: bool | None = None  # found out at its first call
     logged: dict[str, list[float]] = field(default_factory=dict)  # by log_metric, since last asked
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class UserReward:
         """TRL's `log_metric`: a number for TensorBoard, the mean over the step."""
         self.logged.setdefault(f"{self.name}_{name}", []).append(float(value))
 
-    def __call__(self, **given: Any) -> Any:
+    def __call__(self, /, **given: Any) -> Any:
         """What the function returns for the arguments that it takes."""
         extra = {"log_metric": self.log_metric, "log_extra": lambda *ignored: None}
         given |= {name: extra[name] for name in LOGGING if name in self.parameters}
@@ -188,11 +190,8 @@ def finished(waiting: Any) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(wait())
-    found: list[Any] = []  # in a notebook, which runs a loop of its own
-    thread = threading.Thread(target=lambda: found.append(asyncio.run(wait())))
-    thread.start()
-    thread.join()
-    return found[0] if found else None
+    with ThreadPoolExecutor(1) as pool:  # in a notebook, which runs a loop of its own
+        return pool.submit(lambda: asyncio.run(wait())).result()
 
 
 def describe(error: BaseException) -> str:
@@ -208,6 +207,10 @@ def shown(value: Any, how: Callable[[Any], str] = repr) -> str:
         return how(value)[:200]
     except Exception:
         return f"a value of the kind {type(value).__name__}"
+
+
+# All but KeyboardInterrupt, which is not the function's.
+ENDS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 class Failed(Exception):
@@ -251,7 +254,7 @@ def call_function(
             values = function(**arguments.given(as_messages))
     except TimeUp:
         raise Failed(f"took longer than the limit of {seconds:g} seconds", "time") from None
-    except (Exception, SystemExit) as error:  # a user's function may raise anything
+    except ENDS as error:  # a user's function may raise anything
         raise Failed(f"failed: {describe(error)}", type(error).__name__) from error
     count = len(arguments.completions)
     listed = isinstance(values, list | tuple) or (
@@ -274,10 +277,12 @@ def call_as_it_wants(function: RewardFunction, arguments: Arguments, seconds: fl
         return call_function(function, arguments, seconds)
     logged = copy.deepcopy(function.logged)
     try:
-        return call_function(function, arguments, seconds, function.takes_messages)
+        values = call_function(function, arguments, seconds, bool(function.takes_messages))
+        function.takes_messages = bool(function.takes_messages)
+        return values
     except Failed as failure:
         function.logged = logged  # without what the call has logged that failed
-        if function.takes_messages or not isinstance(failure.__cause__, MIXED_UP):
+        if function.takes_messages is not None or not MIXED_UP.search(str(failure)):
             raise
         with contextlib.suppress(Failed):
             values = call_function(function, arguments, seconds, as_messages=True)
@@ -348,6 +353,7 @@ def check_values(values: Any, name: str, completions: list[str]) -> Tensor:
 def as_number(value: Any) -> float:
     """A user's value as a float; infinity if it is none."""
     try:
-        return math.inf if isinstance(value, str | bytes) else float(value)
+        wrong = isinstance(value, str | bytes | complex | np.complexfloating)
+        return math.inf if wrong else float(value)
     except Exception:  # a user's value may raise anything
         return math.inf

@@ -20,13 +20,17 @@ NUMERALS = (
 PARTS = (
     "half halves third thirds fifth fifths eighth eighths ninth ninths twelfth twelfths quarter "
     "quarters ths root sqrt log ln exp sin cos tan mod modulo factorial choose abs floor ceil "
-    "inverse reciprocal bn mil inf infinity pi ab abc ac bc dx dy mn pq xy xyz xz yz"
+    "inverse reciprocal divisor factor gcd lcm reversed hex octal binary lakh crore grand squared "
+    "cubed negative minus plus twice double doubled doubles triple tripled ish bn mil "
+    "inf infinity pi ab abc ac bc dx dy mn pq xy xyz xz yz"
 )
 DENIALS = word_set(
-    "not no never none neither nor cannot isnt nicht kein pas wrong incorrect false or either"
+    "not no never none neither nor cannot isnt arent wasnt cant wont dont doesnt aint nope nicht "
+    "kein pas wrong incorrect false untrue invalid impossible rejected or either"
 )
 OTHERS = (
     "except unless without if but instead unlike different between than least most up over under "
+    "maybe perhaps possibly otherwise hardly doubt differs menos moins mindestens "
     "above below beyond past less exceeds min max minimum maximum almost nearly nowhere far plus "
     "minus negative times divided multiplied square squared cube cubed power round opposite "
     "multiple as double doubled twice triple tripled"
@@ -43,14 +47,15 @@ CHANGES = ANOTHER_NUMBER | word_set(OTHERS)
 HARMLESS = re.compile(
     "一共|一起|一样|一定|一般|一直|一些|一下|统一|唯一|第[一二三四五六七八九十]+|三角形|"
     "[四五六八]边形|星期[一二三四五六]|周[一二三四五六]|不同|无论|至今|非常|未来|以后|增加|减少|参加|"
-    "添加|剩余|其余|余下|多余|百分|千[米克瓦卡]"
+    "添加|剩余|其余|余下|多余|百分|千[米克瓦卡]|[总人个次页件只天岁]数|数[字学量]|分别|特别|区别"
 )
 CHANGES_HAN = re.compile(
-    "[不没未非无否错勿或除减加乘零〇二两三四五六七八九十百千万亿兆半几余]|至少|至多|最多|最少|大于|"
-    "小于|多于|少于|高于|低于|超过|多达|近|以上|以下|以内|以外|左右|上下|平方|立方|次方|方根|根号|对数|倒数|"
+    "[不没未非无否错勿别假吗数负逾翻或除减加乘零〇二两三四五六七八九十百千万亿兆半几余]|至少|至多|最多|最少|大于|"
+    "小于|多于|少于|高于|低于|超过|多达|近|有误|可能|因数|约数|倍数|之[和差积商]|双倍|各位|出头|"
+    "上[百千万]|一;|[比上]$|但|以上|以下|以内|以外|左右|上下|平方|立方|次方|方根|根号|对数|倒数|"
     "相反|还是|要么|介于|之间|分之"
 )
-MORE_HAN = re.compile(" ?[多来一成打折许]")  # 72多个: more than 72
+MORE_HAN = re.compile(" ?[多来一成打折许]|.*多$")  # 72多个: more than 72
 
 
 def keep_its_meaning(

@@ -82,6 +82,14 @@ def test_strict_and_flexible():
         "He had 3 apples and ate 72", "15 of the 72 apples", "71到72", "So she needs 71 or 72 of them.",
     ):  # fmt: skip
         assert not is_correct_flexible(text, "72"), text
+    for text in (
+        "72.\nThat is wrong.", "The answer is 72.\nNo, that is not the answer.", "答案是72。\n不对。", "So it takes 1 hour 72 minutes",
+        "It costs 5 dollars 72 cents", "The answer is 100 decreased by 72", "She has 5 boxes with 72 apples each",
+        "The answer is 71, otherwise 72", "The answer is 71, maybe it is 72", "所以答案是71个，也可能是72个", "So 8 * 9 = 73 for 72 days",
+        "So 7 * 9 = 63 apples a day for 72 days",
+    ):  # fmt: skip
+        assert not is_correct_flexible(text, "72"), text
+    assert is_correct_flexible("So 8 * 9 = 72 for 19 days", "72")
     assert not is_correct_flexible("So far she has 72", "72", truncated=True), (
         "cut off: no answer yet"
     )

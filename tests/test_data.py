@@ -74,6 +74,18 @@ def test_columns_by_name(tmp_path):
     assert load(question_column="question_zh-cn") == ("几个？", "6", "")
     assert load(question_column="problem", answer_column="n") == ("p", "6", "six")
     assert load(answer_column="answer_only") == ("How many?", "6", "")
+    write(
+        tmp_path / "data" / "lines.jsonl", {"question": "q", "solution": "9 * 2 = 18\n18 * 2 = 36"}
+    )
+    with pytest.raises(
+        UserError, match="the column solution has several lines and no '#### ' line"
+    ):
+        load_questions(
+            str(tmp_path / "data" / "lines.jsonl"), "train", Config(answer_column="solution")
+        )
+    write(tmp_path / "train.jsonl", {"question": "own", "answer": "#### 1"})
+    assert load()[0] == "own", "the folder's own file comes before that in data"
+    (tmp_path / "train.jsonl").unlink()
     with pytest.raises(
         UserError,
         match="the column problems is missing.*name the right one with --question_column",
@@ -198,6 +210,12 @@ def test_other_files(tmp_path):
         assert [(q.question, q.reference) for q in found] == expected, name
     with pytest.raises(UserError, match="both has no split dev; it has train, test."):
         load_questions(str(tmp_path / "both"), "dev")
+    for name, row in (("more", "How many is 1,000 plus 5?,#### 5"), ("fewer", "alone")):
+        (tmp_path / f"{name}.csv").write_text(f"question,answer\n{row}\n")
+        with pytest.raises(
+            UserError, match=f"{name}.csv, row 1 has {name} cells than the first line"
+        ):
+            load_questions(str(tmp_path / f"{name}.csv"), "train")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:20])
     for name, message in (
         ("cut.jsonl.gz", "cannot be read"),
@@ -338,6 +356,7 @@ def test_prompts_of_other_templates(tokenizer):
         )
         assert build_prompt("How many?", tokenizer, "") == "[How many?]"
         for drops in (
+            "{{ messages[-1].content | replace('?', '') }}",
             "{{ messages[0].value }}<assistant>",
             "{{ messages[-1].content[0].text }}:",
             "Hello!",

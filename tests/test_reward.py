@@ -358,6 +358,31 @@ def test_functions_for_chat_messages_get_messages(tmp_path, capsys):
         score_texts(load_rewards([f"{tmp_path}/mine.py:neither"]), [1.0], texts)
 
 
+def test_a_function_for_texts_stays_one(tmp_path):
+    """A fault that a text has brought about is none of the kind, nor is any once it has read a text."""
+    (tmp_path / "mine.py").write_text(
+        "import re\n"
+        "def found(prompts, completions, **columns):\n"
+        "    return [float(re.search('#### (.)', c).group(1) == '1') if '####' in c else 0.0 for c in completions]\n"
+        "def late(prompts, completions, **columns):\n"
+        "    return [1.0 if 'bad' not in c else c[0]['content'] for c in completions]\n"
+        "def empty(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    rewards = load_rewards([f"{tmp_path}/mine.py:found"])
+    for texts in (["####"], ["#### 1", "####"]):
+        with pytest.raises(UserError, match="AttributeError: 'NoneType'.*the completion '####'"):
+            score_texts(rewards, [1.0], texts)
+    assert score_texts(rewards, [1.0], ["#### 1", "x"])[0].tolist() == [1.0, 0.0]
+    rewards = load_rewards([f"{tmp_path}/mine.py:late"])
+    assert score_texts(rewards, [1.0], ["good"])[0].tolist() == [1.0]
+    with pytest.raises(UserError, match="TypeError: string indices.*the completion 'bad'"):
+        score_texts(rewards, [1.0], ["good", "bad"])
+    rewards = load_rewards([f"{tmp_path}/mine.py:empty"])
+    assert score_texts(rewards, [1.0], ["", "c"])[0].tolist() == [0.0, 1.0], (
+        "an empty text has no [0]"
+    )
+
+
 def test_messages_are_those_of_the_run():
     config = Config(system_prompt="Be short.")
     group = Group(Question("How many?", "1", ""), [Completion([1], "one", truncated=False)])
@@ -386,6 +411,23 @@ def test_asynchronous_functions_and_arrays(tmp_path):
         return score_texts(rewards, [1.0] * 3, ["xx"])[0].tolist()
 
     assert asyncio.run(in_a_loop()) == [3.5]
+    (tmp_path / "other.py").write_text(
+        "import numpy as np\n"
+        "async def fails(**columns): raise ValueError('the true reason')\n"
+        "def cancelled(**columns):\n    import asyncio\n    raise asyncio.CancelledError\n"
+        "def complex(completions, **columns): return np.array([1 + 2j] * len(completions))\n"
+    )
+
+    async def fails_in_a_loop(name):
+        score_texts(load_rewards([f"{tmp_path}/other.py:{name}"]), [1.0], ["x"])
+
+    for name, words in (
+        ("fails", "the true reason"),
+        ("cancelled", "CancelledError"),
+        ("complex", "returned np.complex|returned .1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            asyncio.run(fails_in_a_loop(name))
     with pytest.raises(UserError, match="took longer than the limit of 0.2 seconds"):
         score_texts(load_rewards([f"{tmp_path}/mine.py:stuck"]), [1.0], ["x"], seconds=0.2)
 
