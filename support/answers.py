@@ -199,7 +199,8 @@ def is_correct_flexible(completion: str, reference: str, truncated: bool = False
     answer = find_answer(completion, truncated)
     if answer is not None:
         return same_answer(answer, reference)
-    tail = completion[-10 * LONGEST_ANSWER :].translate(CHARACTERS).strip()
+    tail = completion[-10 * LONGEST_ANSWER :].translate(CHARACTERS)
+    tail = TAG.sub("\n", tail).strip()  # a tag that has no other half
     lines = [line for line in tail.splitlines() if DIGIT.search(chinese_to_digits(line))]
     if truncated or not lines or len(lines[-1]) > 5 * LONGEST_ANSWER:
         return False

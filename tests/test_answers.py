@@ -70,7 +70,7 @@ def test_strict_and_flexible():
     for text in (
         "48+24 makes 72.", "the total is 1,000, all told", "She sold 48, then 24.\nThat makes 72 clips.",
         "He has 48. He gets 24. So he has 48 + 24 = 72 clips.", "#### 72", "\\boxed{72}", "一共有72个。",
-        "½ of 144 is 72.", "48 + 24 = 72. She does this every day.", "小明有48个，小红有24个，所以一共有72个。",
+        "=48\n48+24=72</answer>", "<think>48+24=72</think>72", "½ of 144 is 72.", "48 + 24 = 72. She does this every day.", "小明有48个，小红有24个，所以一共有72个。",
         "48 clips and then 24 clips make 72 clips", "So the answer is **$72**", "<answer>72</answer> 5",
     ):  # fmt: skip
         assert is_correct_flexible(text, "1000" if "1,000" in text else "72"), text
