@@ -175,6 +175,12 @@ def check_signature(reward: UserReward, columns: dict[str, Any] | None = None) -
 def check_columns(rewards: dict[str, RewardFunction], questions: list[Any]) -> None:
     """UserError, before anything is sampled, for a function that needs another column."""
     columns = {name: None for question in questions for name in question.columns}
+    hidden = [name for name in GIVEN if name in columns]
+    if hidden:
+        print(
+            f"the dataset's {', '.join(hidden)} is not handed to reward functions, which get "
+            "something else under that name"
+        )
     for reward in rewards.values():
         if isinstance(reward, UserReward):
             check_signature(reward, columns)

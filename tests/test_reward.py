@@ -432,7 +432,7 @@ def test_asynchronous_functions_and_arrays(tmp_path):
         score_texts(load_rewards([f"{tmp_path}/mine.py:stuck"]), [1.0], ["x"], seconds=0.2)
 
 
-def test_what_a_function_asks_for_is_looked_for_before_anything_is_sampled(tmp_path):
+def test_what_a_function_asks_for_is_looked_for_before_anything_is_sampled(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "def level(prompts, completions, level, **columns): return [1.0] * len(completions)\n"
         "def colour(prompts, completions, colour, **columns): return [1.0] * len(completions)\n"
@@ -447,6 +447,10 @@ def test_what_a_function_asks_for_is_looked_for_before_anything_is_sampled(tmp_p
         return rewards
 
     check("level")
+    assert "is not handed" not in capsys.readouterr().out
+    named = [Question("q", "1", "", columns={"question": "q", "reference": "mine", "level": 3})]
+    user_rewards.check_columns(load_rewards(["accuracy"]), named)
+    assert "the dataset's reference is not handed to reward functions" in capsys.readouterr().out
     with pytest.raises(
         UserError,
         match="missing a required argument: 'colour'.*max_new_tokens, question, level; the last",

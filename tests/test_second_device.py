@@ -20,8 +20,6 @@ RUNS = {
         "--precision=bf16",
         "--kl_weight=0.01",
         "--gradient_checkpointing=true",
-        "--eval_interval=1",
-        "--eval_questions=2",
     ],
     "exact KL": ["--kl_weight=0.01", "--kl_estimator=full", "--train_batch_size=2"],
     "rloo, pure bf16": ["--objective=rloo", "--precision=bf16-pure"],
