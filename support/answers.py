@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from support.equation import conclusion, is_true_sum
+from support.equation import VALUE, conclusion, is_true_sum
 from support.plain_text import CHARACTERS, chinese_to_digits, plain
 from support.units import Unit, factor, read_unit
 from support.words import ANOTHER_NUMBER, CHANGES, DENIALS, HAN, WORDS, keep_its_meaning
@@ -21,7 +21,7 @@ from support.words import ANOTHER_NUMBER, CHANGES, DENIALS, HAN, WORDS, keep_its
 LONGEST_ANSWER = 320  # characters; more than that is an essay
 
 TAG = re.compile(r"<[ \t]{0,3}(/?)[ \t]{0,3}(answer|think)[ \t]{0,3}>", re.IGNORECASE)
-NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+NUMBER = rf"(?:{VALUE})(?:[eE][-+]?\d{{1,3}}(?!\d))?"
 LETTER = f"A-Za-z{HAN}"
 HYPHEN = r"(?<=[A-Za-z])-(?=[A-Za-z])"
 # Not x72, nor (2)72.

@@ -82,7 +82,11 @@ class Parser(HfArgumentParser):
 
 
 def parse_config(
-    argv: list[str], description: str | None = None, choices: Choices | None = None, **extra: str
+    argv: list[str],
+    description: str | None = None,
+    choices: Choices | None = None,
+    of_run: bool = False,
+    **extra: str,
 ) -> tuple[Config, Extra]:
     """Read the command line.
 
@@ -90,6 +94,7 @@ def parse_config(
         argv: the arguments after the program's name.
         description: the command's docstring, for --help.
         choices: for --help, the names that an option takes.
+        of_run: the command looks at a run, whose settings are its defaults.
         extra: further flags of the command, name to help; each one takes a string.
     Returns:
         the run's Config; and the values of the extra flags and of `resume`: the run folder to
@@ -97,7 +102,7 @@ def parse_config(
     Raises:
         UserError: for unknown names, impossible values and contradictions.
     """
-    given = read_flags(build_parser(description, choices or {}, extra), argv)
+    given = read_flags(build_parser(description, choices or {}, of_run, extra), argv)
     for name in ("config", "resume", *extra):
         check_text(given.get(name) or "", f"--{name}", path=name != "question")
     for name in PATHS & given.keys():
@@ -119,15 +124,16 @@ PATHS = {"config", "resume", "base", "model", "run_dir", "dataset", "eval_datase
 CONFIG_FIELDS = {field.name for field in fields(Config)}
 
 
-def build_parser(description: str | None, choices: Choices, extra: dict[str, str]) -> Parser:
+def build_parser(
+    description: str | None, choices: Choices, of_run: bool, extra: dict[str, str]
+) -> Parser:
     """Every option of Config, by concern, and first the others of a command."""
-    looks = "base" in extra or description is not None and "newest run" in description
     parser = Parser(
         Config,
         description=refilled(description or ""),
         usage="%(prog)s [options]",
         allow_abbrev=False,
-        formatter_class=RunHelpFormatter if looks else HelpFormatter,
+        formatter_class=RunHelpFormatter if of_run else HelpFormatter,
     )
     for action in list(parser._actions):
         action.metavar = METAVARS.get(action.type, "NAME")
@@ -147,7 +153,7 @@ def build_parser(description: str | None, choices: Choices, extra: dict[str, str
             action.help += f": {', '.join(choices[action.dest])}"  # names of objectives/
     parser.add_argument("--config", help="a saved config.yaml to start from, instead of a preset")
     about = "continue the run in this folder (or in --run_dir) from its newest checkpoint"
-    about = argparse.SUPPRESS if looks else about
+    about = argparse.SUPPRESS if of_run else about
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help=about)
     for name, text in extra.items():
         parser.add_argument(f"--{name}", help=text)
@@ -292,7 +298,7 @@ def parse_run_config(
     if newest:
         print(f"--model {newest}, the newest run")
         argv = [f"--model={newest}", *argv]
-    config, others = parse_config(argv, description, choices, **extra)
+    config, others = parse_config(argv, description, choices, of_run=True, **extra)
     if others["resume"]:
         run = quoted(others["resume"])
         raise UserError(f"--resume is train.py's; to look at a run say --model {run}.")

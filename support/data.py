@@ -187,9 +187,9 @@ def read_json(path: Path, lines: TextIO) -> list[tuple[dict, str]]:
             if line.strip():
                 rows.append((json.loads(line), f"{path}, {place}"))
         return rows
-    # Not JSON; a number of 5000 digits; brackets too deep.
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # a ValueError too, which the caller explains
         raise
+    # Not JSON; a number of 5000 digits; brackets too deep.
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
         raise UserError(

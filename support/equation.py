@@ -30,12 +30,21 @@ TOKEN = re.compile(
     r"|(?P<sign>[+*/÷^-])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<equals>=)|(?P<percent>%)"
     r"|(?P<break>[,.;:!?])|(?P<other>\S)"
 )
+
+
+def small_power(base: Fraction, power: Fraction) -> Fraction:
+    """2^3; KeyError for one that would take long."""
+    if power.denominator != 1 or not 0 <= power <= 12 or abs(base) > 10**6:
+        raise KeyError(power)
+    return base ** int(power)
+
+
 OPERANDS = ("number", "mixed", "open")
 SIGNS = {"x": "*", "plus": "+", "minus": "-", "times": "*"}
 UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 BINARY = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.Pow: lambda base, power: small_power(base, power),
+    ast.Pow: small_power,
 }  # fmt: skip
 MOST_TOKENS = 150
 # Behind the result a number may stand in an addition such as `for 6 hours`.
@@ -47,12 +56,13 @@ AUXILIARIES = word_set("did do does are were have has had will would can could")
 WRONG = word_set("wrong incorrect false untrue impossible 错 不对 错误")
 AFTER_NOT = word_set("true right correct because")
 # Behind the result: it is not the end of the sum.
-GOES_ON = word_set("squared cubed doubled doubles tripled half plus minus impossible but 但 但是")
+GOES_ON = word_set("squared cubed doubled doubles tripled half plus minus impossible but")
 CLAUSES = word_set("so thus therefore hence means because since")
 NUMBER_WORDS = word_set(NUMERALS) - {"one"}
 TITLES = word_set("mr mrs ms dr st")
 # In `add up 3 + 4` it changes nothing.
 BEFORE_A_SUM = CHANGES - word_set("up")
+BEHIND_AN_OPERAND = ANOTHER_NUMBER - word_set("log")  # 5 degrees/log
 LETTERS = frozenset(("a", "A", "I"))  # single letters that are words
 
 
@@ -66,12 +76,8 @@ class Token:
     @property
     def unknown(self) -> bool:
         """Whether it is a letter that stands for a number."""
-        return (
-            self.kind == "word"
-            and len(self.text) == 1
-            and self.text.isascii()
-            and (self.text.isalpha() and self.text not in LETTERS)
-        )
+        letter = len(self.text) == 1 and self.text.isascii() and self.text.isalpha()
+        return self.kind == "word" and letter and self.text not in LETTERS
 
 
 def tokens_of(text: str) -> list[Token]:
@@ -191,7 +197,7 @@ def operand_start(tokens: list[Token], end: int) -> int | None:
     i = end - 1
     while i >= 0 and tokens[i].kind in ("word", "percent"):
         word = tokens[i].text.lower()
-        if tokens[i].unknown or word in ANOTHER_NUMBER - {"log"} or changes_han(word):
+        if tokens[i].unknown or word in BEHIND_AN_OPERAND or changes_han(word):
             return None
         i -= 1
     if i < 0:
@@ -280,7 +286,7 @@ def follows_well(tokens: list[Token], value: Fraction, own: frozenset[str]) -> b
             new_sentence |= ends and follows is not None and not follows.text[:1].islower()
         elif token.kind == "word":
             of_others = word == "not" and last and last.text.lower() in AUXILIARIES
-            if (word in DENIALS - own and not of_others) or changes_han(word):
+            if (word in DENIALS and word not in own and not of_others) or changes_han(word):
                 return False
             if word in GOES_ON or (new_statement and word in NUMBER_WORDS):
                 return False
@@ -297,10 +303,9 @@ def changes_at_once(token: Token, own: frozenset[str]) -> bool:
     """Whether the word directly behind a number makes another number of it."""
     if token.kind != "word":
         return False
-    unit = not token.unknown or token.text in UNIT_LETTERS
-    return (
-        token.text.lower() in ANOTHER_NUMBER - own or not unit or bool(MORE_HAN.match(token.text))
-    )
+    word, unit = token.text.lower(), not token.unknown or token.text in UNIT_LETTERS
+    changed = word in ANOTHER_NUMBER and word not in own
+    return changed or not unit or bool(MORE_HAN.match(word))
 
 
 def is_sign(token: Token, follows: Token | None) -> bool:
@@ -355,13 +360,6 @@ def sum_of(tokens: list[Token], percent: Fraction) -> Fraction | None:
         return value_at(ast.parse(text, mode="eval").body, numbers)
     except (SyntaxError, ZeroDivisionError, KeyError, RecursionError):
         return None
-
-
-def small_power(base: Fraction, power: Fraction) -> Fraction:
-    """2^3; KeyError for one that would take long."""
-    if power.denominator != 1 or not 0 <= power <= 12 or abs(base) > 10**6:
-        raise KeyError(power)
-    return base ** int(power)
 
 
 def value_at(node: ast.AST, numbers: dict[str, Fraction]) -> Fraction:

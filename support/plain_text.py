@@ -5,6 +5,8 @@ What is done here keeps the meaning of a text, and does not decide anything: ans
 
 import re
 
+from support.words import HAN, ONES, TENS
+
 CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "—": "-", "’": "'", "⁄": "/", "×": "*", "✕": "*", "·": "*", "⋅": "*",
     "≈": " ", "•": " ",
@@ -94,14 +96,15 @@ def chinese_to_digits(text: str) -> str:
         return f" {over}% " if under == "100" else f" {over}/{under} "
 
     def number(found: re.Match[str]) -> str:
-        value, behind = chinese_number(found[1]), found.string[found.end() :]
-        if len(found[1]) == 1 and (not COUNTED.match(behind) or VERY_GOOD.match(found[1] + behind)):
-            return found[0]
-        if found[1] == "一" and len(NUMBERS.findall(found.string)) > 1:
-            return found[0]  # 一天72元 is 72 yuan a day
-        return found[0] if value is None else value
+        run, text = found[0], found.string
+        counted = COUNTED.match(text, found.end()) and not VERY_GOOD.match(text, found.start())
+        if len(run) == 1 and not counted:
+            return run
+        if run == "一" and len(NUMBERS.findall(text)) > 1:
+            return run  # 一天72元 is 72 yuan a day
+        return chinese_number(run) or run
 
-    if not re.search("[〇一-鿿]", text):
+    if not re.search(f"[〇{HAN}]", text):
         return text
     text = SHARE.sub(share, text.replace("又", " "))
     text = NUMBER_WORD.sub(number, text)
@@ -118,11 +121,6 @@ def number_in(text: str) -> str | None:
 
 # ------------------------------------------------------------------------------- English numbers
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-)
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 SMALL = {word: value for value, word in enumerate(ONES.split())}
 SMALL |= {word: 10 * tens for tens, word in enumerate(TENS.split(), 2)}
 LARGE = {"hundred": 100, "thousand": 1000, "million": 10**6}

@@ -12,11 +12,12 @@ HAN = "\u4e00-\u9fff"  # Chinese
 # All but the words `a` and `I`: other single letters are unknowns.
 WORDS = re.compile(r"(?![aAI] [a-z]{2})[A-Za-z]+")
 UNIT_LETTERS = frozenset("CFLghlmst")  # ... or these, behind a number
-NUMERALS = (
+ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
-    "dozen hundred thousand million billion trillion"
+    "sixteen seventeen eighteen nineteen"
 )
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMERALS = f"{ONES} {TENS} dozen hundred thousand million billion trillion"
 PARTS = (
     "half halves third thirds fifth fifths eighth eighths ninth ninths twelfth twelfths quarter "
     "quarters ths root sqrt log ln exp sin cos tan mod modulo factorial choose abs floor ceil "
@@ -31,9 +32,8 @@ DENIALS = word_set(
 OTHERS = (
     "except unless without if but instead unlike different between than least most up over under "
     "maybe perhaps possibly otherwise hardly doubt differs menos moins mindestens "
-    "above below beyond past less exceeds min max minimum maximum almost nearly nowhere far plus "
-    "minus negative times divided multiplied square squared cube cubed power round opposite "
-    "multiple as double doubled twice triple tripled"
+    "above below beyond past less exceeds min max minimum maximum almost nearly nowhere far times "
+    "divided multiplied square cube power round opposite multiple as"
 )
 # None of these beside a number, even in a reference. (It is no adversary, and may say `5 times as
 # many`; but `2 thirds` is not 2.)
