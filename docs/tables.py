@@ -62,7 +62,7 @@ def shown(value: Any) -> str:
     if value is None:
         return "–"
     if value == SYSTEM_PROMPT:
-        return "a prompt for the two tags"
+        return "the two tags, and a worked example"
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "empty" if value == "" else str(value)
@@ -93,7 +93,7 @@ def options() -> str:
     for field in fields(Config):
         name = field.name
         other = shown(tiny[name]) if name in tiny else ""
-        default = "auto" if name == "micro_batch_size" else shown(getattr(defaults, name))
+        default = shown(getattr(defaults, name))
         text = meaning(name, field.metadata["help"])
         rows.append(f"| `--{name}` | {text} | {default} | {other} |")
     return table("option | meaning (source) | default, preset `gsm8k` | preset `tiny`", rows)

@@ -20,12 +20,16 @@ QUIET = 20  # steps without it after which an alarm is printed again
 
 @dataclass(frozen=True)
 class Alarm:
-    """A metric, when it is out of bounds (in words and as a function), and what to do then."""
+    """A metric, when it is out of bounds (in words and as a function), and what to do then.
+
+    Some alarms compare it with other metrics, which `bad` then gets as further lists.
+    """
 
     metric: str
     when: str
-    bad: Callable[[list[float]], bool]  # its values so far, the last one is now
+    bad: Callable[..., bool]  # its values so far, the last one is now
     advice: str
+    beside: tuple[str, ...] = ()  # the other metrics
 
 
 def mean_of(count: int, bad: Callable[[float], bool]) -> Callable[[list[float]], bool]:
@@ -65,9 +69,28 @@ def has_stayed_flat(values: list[float]) -> bool:
     return fmean(values[-20:]) - fmean(values[:20]) <= 2 * math.sqrt(noise * 2 / 20)
 
 
-def has_collapsed(values: list[float]) -> bool:
-    """The mean of 5 steps is below a third of what it was 20 steps before."""
-    return len(values) >= 25 and fmean(values[-5:]) < fmean(values[-25:-20]) / 3
+def before_and_now(values: list[float]) -> tuple[float, float]:
+    """The mean of the first 2 of the last 20 steps (of 1, in step 3), and that of the last 2."""
+    return fmean(values[-20:-2][:2]), fmean(values[-2:])
+
+
+def has_collapsed(tokens: list[float], entropy: list[float], success: list[float]) -> bool:
+    """Tokens have fallen to half, or entropy to a quarter, and success has not risen by 0.05."""
+    if len(tokens) < 3:
+        return False
+    (tokens_before, tokens_now), (entropy_before, entropy_now), (before, now) = map(
+        before_and_now, (tokens, entropy, success)
+    )
+    shorter, surer = tokens_now < tokens_before / 2, entropy_now < entropy_before / 4
+    return now < before + 0.05 and (shorter or surer)
+
+
+def has_form_without_content(form: list[float], success: list[float]) -> bool:
+    """The reward `format` has risen by 0.3, and success has not."""
+    if len(form) < 3:
+        return False
+    (form_before, form_now), (before, now) = before_and_now(form), before_and_now(success)
+    return form_now > form_before + 0.3 and now <= before
 
 
 def has_exploded(values: list[float]) -> bool:
@@ -136,13 +159,48 @@ ALARMS = {
         "soft_overlong or length_penalty, or take an objective without the length bias (dr_grpo, "
         "dapo).",
     ),
-    "length_collapses": Alarm(
+    "reasoning_collapses": Alarm(
         "rollout/completion_tokens",
-        "mean of 5 steps below a third of that of 20 steps before",
+        "mean of 2 steps below half of that of up to 20 steps before (or entropy below a quarter), "
+        "and success not 0.05 higher",
         has_collapsed,
-        "Completions are a third as long as 20 steps ago: read the samples, a part of the reward "
-        "may be had without an answer (lower its reward_weights); else lower lr or raise "
-        "warmup_steps.",
+        "Length or entropy of the completions falls fast, and no more of them are right: begin "
+        "again. If more than accuracy is rewarded, a part of the reward is earned without an "
+        "answer: reward accuracy alone (--reward accuracy --reward_weights 1). Else lr is too "
+        "high: a third of it, or less.",
+        ("rollout/entropy", "rollout/success_rate"),
+    ),
+    "format_alone": Alarm(
+        "reward/format_mean",
+        "mean of 2 steps 0.3 above that of up to 20 steps before, and success not higher",
+        has_form_without_content,
+        "The format is learned and the answers are not: format is easier to earn. Leave it out "
+        "(--reward accuracy --reward_weights 1), and show the format in the prompt, by a worked "
+        "example.",
+        ("rollout/success_rate",),
+    ),
+    "accuracy_falls": Alarm(
+        "eval/accuracy_high",
+        "below eval/accuracy_low of an evaluation before",
+        lambda high, low: high[-1] < max(low),
+        "Held-out accuracy has fallen, by more than its intervals: go back to an earlier "
+        "checkpoint (--model runs/NAME/checkpoint-STEP), with a third of the lr or less.",
+        ("eval/accuracy_low",),
+    ),
+    "copied_prompt": Alarm(
+        "rollout/copied_share",
+        *above(0.25, 2),
+        "More than a quarter of the completions repeat a tagged example of the prompt word for "
+        "word: put a worked example with real reasoning into --system_prompt, or none.",
+    ),
+    "answer_untagged": Alarm(
+        "eval/accuracy_flexible",
+        "0.25 above eval/accuracy",
+        lambda flexible, strict: flexible[-1] > strict[-1] + 0.25,
+        "The model is often right without an answer tag, which earns nothing: show the format in "
+        "--system_prompt by a worked example, raise max_new_tokens if completions are cut off, or "
+        "teach it first (sft.py).",
+        ("eval/accuracy",),
     ),
     "gradient": Alarm(
         "train/grad_norm",
@@ -188,10 +246,12 @@ def alarms_for(ratio_level: str, top_p: float) -> dict[str, Alarm]:
 
 
 def active_alarms(alarms: dict[str, Alarm], rows: Rows) -> list[str]:
-    """The alarms that are on at the last of `rows`, by name; each looks at its metric only."""
+    """The alarms that are on at the last of `rows`, by name; each looks at its metrics only."""
     found = []
     for name, alarm in alarms.items():
-        values = [row[alarm.metric] for row in rows if alarm.metric in row]
-        if alarm.metric in rows[-1] and alarm.bad(values):
-            found.append(name)
+        names = (alarm.metric, *alarm.beside)
+        if rows[-1].keys() >= set(names):
+            known = [row for row in rows if row.keys() >= set(names)]
+            if alarm.bad(*([row[each] for row in known] for each in names)):
+                found.append(name)
     return found

@@ -15,18 +15,35 @@ import yaml
 
 from support.errors import UserError, check_choice, is_text
 
-# The tutorial's prompt, in our words: what the rewards look for is what the model is asked for. No
-# number in it, since a model that has not learned yet will copy its example, and a copied 42 would
-# now and then be right.
-SYSTEM_PROMPT = (
+# A worked example shows what words do not: with it Qwen2.5-Coder-0.5B-Instruct uses the tags from
+# the first step on, and reasons in sentences (results/defaults.md has this prompt beside others).
+SYSTEM_PROMPT = """\
+You solve math problems. Reason step by step inside <think> and </think>, then write the final \
+number alone inside <answer> and </answer>.
+
+Example question: Sam has 3 boxes of 12 pens and gives 20 pens away. How many pens does he have \
+left?
+Example answer:
+<think>
+3 boxes of 12 pens are 3 * 12 = 36 pens. After giving 20 away, 36 - 20 = 16 pens are left.
+</think>
+<answer>16</answer>"""
+# The same in Chinese.
+SYSTEM_PROMPT_ZH = """\
+你是解数学题的助手。先在 <think> 和 </think> 之间一步一步地推理，\
+再在 <answer> 和 </answer> 之间只写最后的数字。
+
+例题：小明有3盒铅笔，每盒12支。他送给别人20支，还剩多少支？
+例题的回答：
+<think>
+3盒铅笔一共有 3 * 12 = 36 支。送出20支以后，还剩 36 - 20 = 16 支。
+</think>
+<answer>16</answer>"""
+# The tutorial's prompt, in our words. Many models copy `<think> reasoning </think>` as it stands.
+TUTORIAL_PROMPT = (
     "You solve math problems. First reason step by step inside <think> and </think>, then give the "
     "final number alone inside <answer> and </answer>, like this: <think> reasoning </think> "
     "<answer> number </answer>"
-)
-# The same in Chinese.
-SYSTEM_PROMPT_ZH = (
-    "你是解数学题的助手。先在 <think> 和 </think> 之间一步一步地推理，再在 <answer> 和 </answer> "
-    "之间只写最后的数字，格式如下：<think> 推理过程 </think> <answer> 数字 </answer>"
 )
 # A number above these is a slip of the keyboard: it would end in an overflow, in NaN or in all of
 # the memory.
@@ -65,13 +82,15 @@ def objective_option(meaning: str, **limits: float) -> Any:
 class Config:
     """One run, complete: saved as config.yaml in its folder, read again by --config and --resume.
 
-    "Tutorial" below is the tiny-grpo tutorial, whose hyperparameters are the defaults; "paper" is
-    DeepSeekMath, arXiv 2402.03300, where GRPO was introduced.
+    "Tutorial" below is the tiny-grpo tutorial, whose values are the defaults where it is named
+    alone; all of its own are the preset `tutorial`. "Paper" is DeepSeekMath, arXiv 2402.03300,
+    where GRPO was introduced.
     """
 
     # The run
     preset: str = option(
-        "gsm8k", "named settings to start from: gsm8k, gsm8k-24gb, gsm8k-zh or tiny"
+        "gsm8k",
+        "named settings to start from: gsm8k, gsm8k-24gb, gsm8k-zh, tutorial, laptop or tiny",
     )
     run_dir: str = option("", "folder for everything the run writes; empty: runs/<preset>-<time>")
     seed: int = option(
@@ -94,7 +113,9 @@ class Config:
         "Qwen/Qwen2.5-0.5B-Instruct", "causal language model: a hub name or a folder (tutorial)"
     )
     precision: str = option(
-        "bf16", "bf16: fp32 weights, bf16 arithmetic; bf16-pure: weights in bf16 too; fp32"
+        "bf16",
+        "bf16: fp32 weights, bf16 arithmetic; bf16-pure: weights in bf16 too; fp32; auto: bf16 "
+        "where the machine multiplies it fast, else fp32",
     )
     gradient_checkpointing: bool = option(
         True, "recompute activations in the backward pass: less memory, more time"
@@ -152,9 +173,9 @@ class Config:
 
     # Reward
     reward: list[str] = option(
-        ["accuracy", "format"], "names from reward.py, or my_file.py:my_function, summed"
+        ["accuracy"], "names from reward.py, or my_file.py:my_function, summed"
     )
-    reward_weights: list[float] = option([1.0, 0.2], "one weight for each reward")
+    reward_weights: list[float] = option([1.0], "one weight for each reward")
     reward_timeout: float = option(
         60.0,
         "seconds that a reward may take for the completions of a step; 0: any time",
@@ -230,9 +251,15 @@ class Config:
     sampler_cap: float | None = objective_option("the largest such weight (TRL: 3)", at_least=1)
 
     # Optimization
-    train_batch_size: int = option(16, "sequences per optimizer step (tutorial)", at_least=1)
+    # Every optimizer step moves each weight by about lr, whatever the gradient (Adam), and what a
+    # rollout may move is lr × its optimizer steps. Measured with one step a rollout: 2e-6 learns,
+    # 1e-5 ruins the model in eight steps (results/defaults.md). The tutorial's 24 steps of 5e-6
+    # work with its bf16 weights, which round most of each step away.
+    train_batch_size: int = option(
+        96, "sequences per optimizer step: 4 steps for each rollout (tutorial: 16)", at_least=1
+    )
     micro_batch_size: int | None = option(
-        None,
+        16,
         "sequences per forward pass (auto: train_batch_size), halved if a GPU's memory is full; "
         "never the mathematics",
         at_least=1,
@@ -242,11 +269,11 @@ class Config:
         "adamw", "adamw, or adamw_8bit (bitsandbytes: a quarter of the optimizer's memory)"
     )
     lr: float = option(
-        5e-6, "learning rate, constant after the warm-up (tutorial)", above=0, at_most=1
+        1e-6,
+        "learning rate, constant after the warm-up (verl's for GSM8K; tutorial: 5e-6)",
+        above=0,
+        at_most=1,
     )
-    # fp32 weights take the whole of Adam's first steps, which move every weight by lr whatever the
-    # gradient; the tutorial's bf16 weights round most of that away. Two such steps were seen to
-    # change a 0.5B model's habits.
     warmup_steps: int = option(
         10,
         "steps over which the learning rate rises from 0 (tutorial: 0, with bf16 weights)",
@@ -305,7 +332,10 @@ class Config:
                 raise UserError(f"--{name} is empty; give it a folder or a hub name.")
         check_choice(self.preset, PRESETS, "preset")
         check_choice(self.device, ("auto", "cuda", "cpu"), "device")
-        check_choice(self.precision, ("bf16", "bf16-pure", "fp32"), "precision")
+        check_choice(self.precision, ("bf16", "bf16-pure", "fp32", "auto"), "precision")
+        if self.precision == "auto":
+            fast = multiplies_bf16_fast(self.device)
+            object.__setattr__(self, "precision", "bf16" if fast else "fp32")
         check_choice(self.optimizer, ("adamw", "adamw_8bit"), "optimizer")
         for described in dataclasses.fields(self):
             value, limits = getattr(self, described.name), described.metadata["help"].limits
@@ -417,6 +447,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "question_column": "question_zh-cn",
         "system_prompt": SYSTEM_PROMPT_ZH,
     },
+    # The tiny-grpo tutorial as it is. What its prompt and reward do is in results/defaults.md.
+    "tutorial": {
+        "precision": "bf16-pure",
+        "system_prompt": TUTORIAL_PROMPT,
+        "reward": ["tutorial"],
+        "train_batch_size": 16,
+        "lr": 5e-6,
+        "warmup_steps": 0,
+    },
+    # A pretrained model on a CPU with 16 GB, in less than an hour: few and short completions, one
+    # optimizer step for each rollout, and no KL, so no reference. Each choice is a row of
+    # results/defaults.md.
+    "laptop": {
+        "steps": 24,
+        "device": "auto",
+        "precision": "auto",
+        "gradient_checkpointing": False,
+        "dataset": "tiny/task",
+        "rollouts_per_step": 6,
+        "group_size": 8,
+        "max_new_tokens": 128,
+        "rollout_batch_size": 100,
+        "kl_weight": 0.0,
+        "train_batch_size": 48,
+        "micro_batch_size": 8,
+        "lr": 2e-6,
+        "warmup_steps": 2,
+        "eval_interval": 6,
+        "eval_questions": 200,
+    },
     # From trials over lr (1e-5 … 4e-4): 3e-5 climbs in 40 steps without a setback; from 2e-4 on the
     # sampled accuracy falls back after its first peak.
     "tiny": {
@@ -430,8 +490,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_prompt_tokens": 128,
         "group_size": 8,
         "max_new_tokens": 48,
-        "reward": ["accuracy"],
-        "reward_weights": [1.0],
         "kl_weight": 0.0,
         "train_batch_size": 256,
         "micro_batch_size": 128,
@@ -440,6 +498,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_interval": 5,
     },
 }
+
+
+def multiplies_bf16_fast(device: str) -> bool:
+    """Whether a GPU, or without one this CPU, has instructions for products in bf16.
+
+    Without them a CPU is several times slower in bf16 than in fp32.
+    """
+    import torch  # not at the top: this file is read by those who need no torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def plural(count: int, one: str, many: str = "") -> str:

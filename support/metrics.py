@@ -4,6 +4,7 @@ A metric is added up where its number is born, as (sum, count); a step's value i
 name that is not explained here is refused.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from support.answers import is_correct
 
 Number = Tensor | float
 Metrics = dict[str, tuple[Number, Number]]  # name: (sum, count)
+
+EXAMPLE = re.compile(r"<(\w+)>(.*?)</\1>", re.DOTALL)  # <think> reasoning </think>
 
 GLOSSARY = {
     "train/loss": (
@@ -82,6 +85,10 @@ GLOSSARY = {
     "rollout/idle_groups": "Groups without spread that dynamic sampling could not replace.",
     "rollout/truncated_share": (
         "Share of completions cut off by max_new_tokens. If it grows, so should the budget."
+    ),
+    "rollout/copied_share": (
+        "Share of completions that repeat, word for word, an example of their prompt that stands "
+        "between tags, as `<think> reasoning </think>`. Healthy: below 0.25."
     ),
     "rollout/unscored_share": (
         "Share of the scores that are None: a reward function could not score the completion."
@@ -157,6 +164,7 @@ CHARTS: dict[str, dict[str, str]] = {
         "KL to the reference: below 0.1": "train/kl_divergence",
         "groups without spread: below 0.8": "rollout/no_spread_share",
         "truncated completions: few": "rollout/truncated_share",
+        "completions that copy the prompt's example: few": "rollout/copied_share",
         "clipped tokens: below 0.3": "train/clipped_share",
         "entropy: falls slowly, never to 0": "train/entropy",
         "gradient norm: no steady rise": "train/grad_norm",
@@ -219,12 +227,31 @@ def of_rollout(groups: list[Any], seconds: float) -> Metrics:
     """Of the completions of groups, sampled in so many seconds."""
     completions = [completion for group in groups for completion in group.completions]
     count, tokens = len(completions), sum(len(c.ids) for c in completions)
-    return {
+    found = {
         "rollout/completion_tokens": (tokens, count),
         "rollout/truncated_share": (sum(c.truncated for c in completions), count),
         "rollout/entropy": (-sum(sum(c.log_probs) for c in completions), tokens),
         "perf/tokens_per_second": (tokens, seconds),
     }
+    copied = [each for group in groups for each in copies_of_examples(group)]
+    return found | ({"rollout/copied_share": (sum(copied), len(copied))} if copied else {})
+
+
+def copies_of_examples(group: Any) -> list[bool]:
+    """Whether each completion repeats an example of its prompt, spaces aside; [] without examples.
+
+    A number between tags is an answer like others.
+    """
+    question = group.question
+    found = [match for match in EXAMPLE.finditer(question.prompt) if has_letter(match[2])]
+    examples = {"".join(match[0].split()) for match in found}
+    texts = ["".join((question.opened + c.text).split()) for c in group.completions]
+    return [any(each in text for each in examples) for text in texts] if examples else []
+
+
+def has_letter(text: str) -> bool:
+    """Whether a text has a letter, of any script."""
+    return any(map(str.isalpha, text))
 
 
 def of_rewards(groups: list[Any], functions: dict[str, Any]) -> Metrics:

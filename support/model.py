@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from support.config import PRESETS, Config, resolve_path
+from support.config import PRESETS, Config, multiplies_bf16_fast, resolve_path
 from support.errors import UserError
 from support.model_card import without_prompt
 
@@ -33,9 +33,15 @@ def build_accelerator(config: Config) -> Accelerator:
     if config.device == "cuda" and not has_cuda:
         raise UserError(
             f"The preset {config.preset} needs a CUDA GPU and there is none here; --preset tiny "
-            "runs on any machine (and --device cpu makes this one run without a GPU, slowly)."
+            "runs on any machine, --preset laptop trains a pretrained model on a CPU (and --device "
+            "cpu makes this one run without a GPU, slowly)."
         )
     cpu = config.device == "cpu" or not (has_cuda or chooses_mps(config))
+    if cpu and config.precision != "fp32" and not multiplies_bf16_fast("cpu"):
+        print(
+            f"--precision {config.precision} is several times slower than fp32 on this CPU, which "
+            "has no instructions for it; --precision fp32 is the better choice here"
+        )
     # Accelerate keeps both for the life of the process, which may make another run after this one.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")

@@ -23,13 +23,16 @@ HEALTHY = {
     "train/kl_divergence": 0.02, "train/clipped_share": 0.1, "train/ratio_mean": 1.01, "train/grad_norm": 0.4,
     "train/skipped_steps": 0.0, "train/sampler_gap": 0.03, "rollout/no_spread_share": 0.4, "rollout/returns": 0.5,
     "rollout/truncated_share": 0.1, "rollout/completion_tokens": 150.0, "rollout/unscored_share": 0.0,
+    "rollout/entropy": 0.4, "rollout/success_rate": 0.5, "rollout/copied_share": 0.05, "reward/format_mean": 0.9,
+    "eval/accuracy": 0.5, "eval/accuracy_flexible": 0.6, "eval/accuracy_low": 0.4, "eval/accuracy_high": 0.6,
 }  # fmt: skip
 # metric, its values step by step (the last ones go wrong), the step in which the alarm first sounds
 WRONG = {
     "kl": [0.05, 0.05, 0.05, 0.12, 0.12, 0.12], "clipped": [0.2, 0.2, 0.29, 0.32, 0.32], "ratio": [1, 1, 0.8, 0.8],
     "no_spread": [0.7, 0.85, 0.85, 0.85, 0.85], "truncated": [0.5, 0.95, 0.95, 0.95],
     "reward_falls": [0.5, 0.52] * 10 + [0.3, 0.28] * 4, "length_explodes": [100.0] * 20 + [900.0] * 5,
-    "length_collapses": [155.0] * 20 + [18.0] * 5, "gradient": [0.5] * 10 + [6.0] * 3, "skipped": [0.0, 1.0],
+    "reasoning_collapses": [155.0] * 8 + [40.0] * 2, "format_alone": [0.3] * 4 + [0.9] * 2, "copied_prompt": [0.1, 0.5, 0.5],
+    "answer_untagged": [0.6, 0.8], "accuracy_falls": [0.6, 0.3], "gradient": [0.5] * 10 + [6.0] * 3, "skipped": [0.0, 1.0],
     "reward_flat": [0.3] * 50 + [0.31] * 30 + [0.3] * 20, "sampler": [0.03, 0.6, 0.6, 0.6], "unscored": [0.0, 0.9, 0.9, 0.9],
 }  # fmt: skip
 
@@ -132,7 +135,8 @@ EDGES = {
     "ratio": ([], [0.901] * 3, [0.899] * 3), "no_spread": ([], [0.79] * 5, [0.81] * 5),
     "truncated": ([], [0.89] * 3, [0.91] * 3), "reward_falls": ([0.5] * 50, [0.41] * 10, [0.39] * 10),
     "length_explodes": ([100.0] * 20, [399.0] * 5, [401.0] * 5),
-    "length_collapses": ([99.0] * 20, [33.5] * 5, [32.5] * 5), "gradient": ([0.5] * 20, [4.9] * 3, [5.1] * 3),
+    "reasoning_collapses": ([100.0] * 20, [50.5] * 2, [49.5] * 2), "format_alone": ([0.2] * 20, [0.49] * 2, [0.51] * 2),
+    "copied_prompt": ([], [0.24] * 2, [0.26] * 2), "answer_untagged": ([], [0.74], [0.76]), "accuracy_falls": ([0.6], [0.41], [0.39]), "gradient": ([0.5] * 20, [4.9] * 3, [5.1] * 3),
     "reward_flat": ([0.3, 0.34] * 40, [0.346] * 20, [0.328] * 20), "skipped": ([], [0.0], [1.0]), "unscored": ([], [0.49] * 3, [0.51] * 3), "sampler": ([], [0.29] * 3, [0.31] * 3),
 }  # fmt: skip
 
@@ -141,10 +145,35 @@ EDGES = {
 def test_each_limit_from_both_sides(name):
     before, fine, bad = EDGES[name]
     assert watched(name, before + fine)[-1] == [] and watched(name, before + bad)[-1] == [name]
-    if len(bad) in (3, 5) and name not in ("length_explodes", "length_collapses"):
+    if len(bad) in (3, 5) and name != "length_explodes":
         assert watched(name, before + bad[:-1])[-1] == [], "it waits for all of its steps"
     if name == "ratio":
         assert watched(name, [1.099] * 3)[-1] == [] and watched(name, [1.101] * 3)[-1] == [name]
+
+
+def heard(rows):
+    """Which alarms were on in any step of these metrics, on top of healthy ones."""
+    rows = [HEALTHY | row for row in rows]
+    return {name for i in range(len(rows)) for name in active_alarms(ALARMS, rows[: i + 1])}
+
+
+def test_shorter_answers_are_no_collapse_while_more_of_them_are_right():
+    """Nor is a format that is learned with the answers; entropy alone is a collapse too."""
+    tokens, success = "rollout/completion_tokens", "rollout/success_rate"
+    shorter = [{tokens: 160.0 - 30 * i, success: 0.2 + 0.05 * i} for i in range(5)]
+    assert heard(shorter) == set()
+    assert heard([row | {success: 0.2} for row in shorter]) == {"reasoning_collapses"}
+    entropy = [{"rollout/entropy": 0.5 / 2**i, success: 0.2} for i in range(5)]
+    assert heard(entropy) == {"reasoning_collapses"}
+    assert heard([row | {success: 0.2 + i / 20} for i, row in enumerate(entropy)]) == set()
+    form = [{"reward/format_mean": 0.1 + i / 4, success: 0.1 + i / 9} for i in range(4)]
+    assert heard(form) == set()
+    assert heard([row | {success: 0.1} for row in form]) == {"format_alone"}
+
+
+def test_an_alarm_about_two_metrics_needs_both():
+    rows = [{"reward/format_mean": value} for value in (0.1, 0.9, 0.9, 0.9)]
+    assert active_alarms(ALARMS, rows) == [], "a run without that metric"
 
 
 def test_missing_metrics_are_no_alarm():

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 
 import pytest
+import torch
 import yaml
 
 from objectives.table import CHOICES, NAMES, OBJECTIVES, Objective
@@ -72,7 +73,13 @@ def test_every_column_of_an_objective_is_an_option():
 
 
 def test_the_tutorials_numbers():
-    c = Config()
+    c = parse_config(["--preset", "tutorial"])[0]
+    assert (c.reward, c.reward_weights, c.precision, c.warmup_steps) == (
+        ["tutorial"],
+        [1.0],
+        "bf16-pure",
+        0,
+    )
     assert (c.seed, c.lr, c.train_batch_size, c.group_size, c.rollouts_per_step) == (
         42,
         5e-6,
@@ -88,6 +95,22 @@ def test_the_tutorials_numbers():
         c.arithmetic
         == "32 questions × 12 completions = 384 sequences; 24 optimizer steps of 16 in 1 micro-batch of 16"
     )
+    assert Config().arithmetic.endswith("4 optimizer steps of 96 in 6 micro-batches of 16")
+
+
+@pytest.mark.parametrize(
+    "found, cuda, expected",
+    [({"avx512_bf16": True}, False, "bf16"), ({"amx_bf16": True}, False, "bf16"), ({"avx2": True}, False, "fp32"),
+     ({}, False, "fp32"), ({}, True, "bf16")],
+)  # fmt: skip
+def test_precision_auto_is_what_the_machine_multiplies_fast(monkeypatch, found, cuda, expected):
+    """And is decided once: a resumed run keeps it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert Config(precision="auto", device="auto").precision == expected
+    assert Config(precision="auto", device="cpu").precision == ("fp32" if cuda else expected)
+    assert Config(precision="fp32").precision == "fp32"
 
 
 def test_a_saved_config_runs_again(tmp_path):

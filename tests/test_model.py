@@ -207,6 +207,17 @@ def test_precision(precision, weights, arithmetic):
     assert {p.grad.dtype for p in network.parameters()} == {weights}
 
 
+def test_slow_bf16_is_said(monkeypatch, capsys):
+    """A CPU without instructions for it is several times slower in bf16 than in fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    for precision, said in (("bf16", 1), ("bf16-pure", 1), ("fp32", 0)):
+        build_accelerator(Config(device="cpu", precision=precision))
+        assert capsys.readouterr().out.count("--precision fp32 is the better choice") == said
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    build_accelerator(Config(device="cpu", precision="bf16"))
+    assert "better choice" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
 def test_a_preset_for_a_gpu_says_what_runs_without_one():
     with pytest.raises(UserError, match="--preset tiny runs on any machine"):

@@ -14,7 +14,17 @@ import train
 from rollout import Completion, Group
 from support.alarms import ALARMS, LONGEST
 from support.data import Question
-from support.metrics import CHARTS, CONSOLE, GLOSSARY, charts_of, console_line, fold, meaning
+from support.metrics import (
+    CHARTS,
+    CONSOLE,
+    GLOSSARY,
+    charts_of,
+    console_line,
+    copies_of_examples,
+    fold,
+    meaning,
+    of_rollout,
+)
 from support.monitor import Monitor, progress
 
 
@@ -42,6 +52,27 @@ def test_the_tutorials_names_are_there():
     assert set(names.split()) <= set(GLOSSARY)
 
 
+def copies(prompt, *texts):
+    """Whether each of these completions repeats an example of the prompt."""
+    completions = [Completion([1], text, False, [-1.0]) for text in texts]
+    group = Group(Question("q", "16", "", prompt=prompt), completions)
+    found = copies_of_examples(group)
+    share = of_rollout([group], 1.0).get("rollout/copied_share")
+    assert share == ((sum(found), len(texts)) if found else None)
+    return found
+
+
+def test_a_copied_example_is_noticed_and_an_answer_is_not():
+    tutorial = "like this: <think> reasoning </think> <answer> number </answer>"
+    said = "<think>reasoning</think> <answer>16</answer>", "<think> 4 * 4 = 16 </think>", "16"
+    assert copies(tutorial, *said) == [True, False, False]
+    worked = "Example:\n<think>\n4 pens\nand 12\n</think>\n<answer>16</answer>"
+    said = "<think> 4 pens and 12 </think>", "<think>8</think> <answer>16</answer>"
+    assert copies(worked, *said) == [True, False], "the example's number may be the answer"
+    assert copies("<think> 推理过程 </think>", "<think>推理过程</think>") == [True]
+    assert copies("No tags, or one: <think>", "<think>") == [], "nothing to copy, no metric"
+
+
 def test_tensorboard_of_a_run(tiny_run):
     folder = tiny_run(
         "a", "--kl_weight=0.01", "--steps=2", "--eval_samples=2", "--dynamic_sampling=2"
@@ -50,6 +81,7 @@ def test_tensorboard_of_a_run(tiny_run):
     log.Reload()
     tags = set(log.Tags()["scalars"]) | set(log.Tags()["tensors"])
     missing = {name for name in GLOSSARY if not name.startswith("alarm/")} - tags
+    missing -= {"rollout/copied_share"}  # of a prompt with an example; the test above has one
     assert not missing, f"explained but never logged: {missing}"
     texts = {t.removesuffix("/text_summary") for t in tags if t.endswith("/text_summary")}
     assert {
