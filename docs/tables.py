@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,12 @@ def meaning(name: str, text: str) -> str:
 
 def options() -> str:
     """Each option: its meaning, its default, its value in the preset tiny."""
-    rows, defaults, tiny = [], Config(), PRESETS["tiny"]
+    rows, tiny = [], PRESETS["tiny"]
     for field in fields(Config):
         name = field.name
         other = shown(tiny[name]) if name in tiny else ""
-        default = shown(getattr(defaults, name))
+        # Not that of a Config, which has decided what depends on the day and on the machine.
+        default = shown(field.default_factory() if field.default is MISSING else field.default)
         text = meaning(name, field.metadata["help"])
         rows.append(f"| `--{name}` | {text} | {default} | {other} |")
     return table("option | meaning (source) | default, preset `gsm8k` | preset `tiny`", rows)
