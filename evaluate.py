@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model)
     questions = held_out_questions(config, tokenizer)
-    model = load_model(config.model, config.sampling_precision)
+    model = load_model(config.model, config.sampling_precision, quantize=config.quantize)
     check_model(model, tokenizer, config, sequences_log_probs)
     model.to(accelerator.device)
     set_seed(config.seed)

@@ -39,7 +39,7 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
         raise UserError(
             f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it."
         )
-    model = load_model(name, config.sampling_precision)
+    model = load_model(name, config.sampling_precision, quantize=config.quantize)
     check_model(model, tokenizer, replace(config, model=name), sequences_log_probs)
     model.to(accelerator.device)
     greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)

@@ -28,7 +28,7 @@ from support.command_line import parse_config
 from support.config import Config, resolve_path
 from support.data import Question, QuestionStream, load_questions
 from support.errors import UserError, command
-from support.model import build_accelerator, build_optimizer, load_model, load_tokenizer
+from support.model import build_accelerator, build_optimizer, load_to_train, load_tokenizer
 from support.model_card import save_tokenizer
 from support.monitor import progress
 from support.policy import Policy
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     questions = load_questions(resolve_path(config.dataset), "train", config)
     tokenizer = load_tokenizer(config.model)
     set_seed(config.seed)
-    model = load_model(config.model, config.precision, config.gradient_checkpointing)
+    model = load_to_train(config)
     check_model(model, tokenizer, config, sequences_log_probs)
     policy = Policy(model, sequences_log_probs)
     questions, dropped = with_prompts(questions, tokenizer, config)

@@ -229,8 +229,8 @@ def build(config: Config, resume: str | None) -> Trainer:
     """Load and check everything that a run needs; UserError if it cannot work. Writes nothing."""
     objective = objective_of(config)
     print(config.arithmetic, objective.describe(config), sep="\n")
-    rewards, accelerator = load_rewards(config.reward, REWARDS), build_accelerator(config)
-    saved, state = load_newest(resume, config)
+    accelerator, (saved, state) = build_accelerator(config), load_newest(resume, config)
+    rewards = load_rewards(config.reward, REWARDS, accelerator.device)
     tokenizer = load_tokenizer(config.model)
     questions = training_questions(config, tokenizer)
     check_columns(rewards, questions)

@@ -27,6 +27,7 @@ from loss import (
 )
 from objectives.table import Objective
 from replay_buffer import Experience
+from support.adapters import adapters_off
 from support.pieces import in_pieces
 from support.statistics import unbiased_std
 
@@ -322,7 +323,7 @@ def sequences_log_probs(
     tokens = sequences[:, -num_actions:].flatten()
     logits = [completion_logits(model, sequences, attention_mask, num_actions).flatten(0, 1)]
     if reference is not None:
-        with torch.no_grad():
+        with torch.no_grad(), adapters_off(reference, reference is model):
             found = completion_logits(reference, sequences, attention_mask, num_actions)
         logits.append(found.flatten(0, 1))
 

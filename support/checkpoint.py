@@ -263,7 +263,8 @@ def find_damage(checkpoint: Path) -> str | None:
     if not lines:
         return f"{SUMS} is empty"
     names = {line.partition("  ")[2] for line in lines}
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    configs = {"config.json", "adapter_config.json"}
+    if not configs & names or not any(name.endswith(".safetensors") for name in names):
         return f"{SUMS} names no weights, or no config.json"
     return None
 

@@ -16,8 +16,9 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from support.adapters import adapter_options
 from support.checkpoint import checkpoints, find_model
-from support.config import OBJECTIVE_COLUMNS, PRESETS, Config, check_text
+from support.config import OBJECTIVE_COLUMNS, PRESETS, Config, check_text, resolve_path
 from support.config_file import read_config_file
 from support.errors import UserError, check_choice, quoted
 from support.foreign_options import explain_foreign_option
@@ -114,6 +115,7 @@ def parse_config(
         given["run_dir"] = resume
     settings = read_settings(given, resume)
     flags = {name: value for name, value in given.items() if name in CONFIG_FIELDS}
+    settings |= adapter_settings(settings, flags)
     config = Config(**{**settings, **flags})
     for name in flags if resume else ():
         check_change(resume, name, settings.get(name, flags[name]), flags[name])
@@ -244,12 +246,48 @@ def read_settings(given: dict[str, Any], resume: str | None) -> dict[str, Any]:
     return {**settings, "preset": preset}
 
 
+def adapter_settings(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """What a model that is the folder of an adapter decides; and the learning rate of adapters.
+
+    That of a preset or a config file is meant for all weights or for adapters, as it says itself.
+    Where the flags choose the other one, it is ten times as high, or a tenth.
+    """
+    model = flags.get("model", settings.get("model", ""))
+    check_text(model, "--model", path=True)
+    found = adapter_options(model) if model else {}
+    saved = Path(resolve_path(model), "config.yaml")
+    if found and is_of_a_run(saved):  # whose adapter is trained beside weights in 4 bits, or not
+        found["quantize"] = read_config_file(saved).get("quantize", "none")
+    for name in found.keys() & flags.keys():
+        if flags[name] != found[name]:
+            raise UserError(
+                f"{model} holds an adapter with --{name} {shown(found[name])}, and goes on with "
+                f"it; leave out --{name} {shown(flags[name])}."
+            )
+    before = settings.get("adapter_rank", 0) > 0
+    after = {**settings, **found, **flags}.get("adapter_rank", 0) > 0
+    if before != after:
+        lr = settings.get("lr", Config.lr)
+        found["lr"] = float(f"{lr * 10 if after else lr / 10:.12g}")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A setting as it is typed."""
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
 def check_change(resume: str, name: str, before: Any, after: Any) -> None:
     """Say that a run which is resumed goes on with another setting; UserError if it cannot."""
     if name == "model" and before != after:
         raise UserError(
             f"The run in {resume} trains {before}; to begin with another model, or with a "
             "checkpoint of this run, start a new run with --model and without --resume."
+        )
+    if name in ("adapter_rank", "adapter_alpha", "adapter_targets", "quantize") and before != after:
+        raise UserError(
+            f"The run in {resume} has --{name} {shown(before)}, which cannot be changed on resume; "
+            f"leave out --{name} {shown(after)}, or start a new run."
         )
     if name != "run_dir" and before != after:
         auto = "the objective's own" if name in OBJECTIVE_COLUMNS else "auto"

@@ -90,7 +90,7 @@ class Config:
     # The run
     preset: str = option(
         "gsm8k",
-        "named settings to start from: gsm8k, gsm8k-24gb, gsm8k-zh, tutorial, laptop or tiny",
+        "named settings: gsm8k, gsm8k-24gb, gsm8k-7b-24gb, gsm8k-zh, tutorial, laptop or tiny",
     )
     run_dir: str = option("", "folder for everything the run writes; empty: runs/<preset>-<time>")
     seed: int = option(
@@ -116,6 +116,20 @@ class Config:
         "bf16",
         "bf16: fp32 weights, bf16 arithmetic; bf16-pure: weights in bf16 too; fp32; auto: bf16 "
         "where the machine multiplies it fast, else fp32",
+    )
+    # Adapters learn at ten times the rate of all weights, whatever their rank (command_line.py).
+    adapter_rank: int = option(
+        0,
+        "train LoRA adapters of this rank and freeze the rest, at ten times the lr; 0: none",
+        at_least=0,
+        at_most=1024,
+    )
+    adapter_alpha: float = option(32.0, "an adapter is multiplied by alpha / rank", above=0)
+    adapter_targets: list[str] = option(
+        ["all-linear"], "names of the layers with adapters; all-linear: every linear layer"
+    )
+    quantize: str = option(
+        "none", "4bit: the frozen weights in NF4 (bitsandbytes), with adapters only; or none"
     )
     gradient_checkpointing: bool = option(
         True, "recompute activations in the backward pass: less memory, more time"
@@ -173,7 +187,8 @@ class Config:
 
     # Reward
     reward: list[str] = option(
-        ["accuracy"], "names from reward.py, or my_file.py:my_function, summed"
+        ["accuracy"],
+        "names from reward.py, my_file.py:my_function, or model:NAME (a reward model); summed",
     )
     reward_weights: list[float] = option([1.0], "one weight for each reward")
     reward_timeout: float = option(
@@ -343,6 +358,7 @@ class Config:
                 check_number(described.name, value, **limits)
         self.check_rewards()
         self.check_sizes()
+        self.check_adapters()
 
     def check_rewards(self) -> None:
         """UserError for rewards without weights, or weights that are none."""
@@ -381,6 +397,19 @@ class Config:
                 f"--rollouts_per_step {self.rollouts_per_step} × --group_size {self.group_size} is "
                 f"more than {MOST_SEQUENCES} sequences in one rollout; make one of them smaller."
             )
+
+    def check_adapters(self) -> None:
+        """UserError for settings of adapters that do not go together."""
+        check_choice(self.quantize, ("none", "4bit"), "quantize")
+        if self.quantize != "none" and not self.adapter_rank:
+            raise UserError(
+                "--quantize 4bit freezes the weights, so nothing would be trained; give "
+                "--adapter_rank 16 too."
+            )
+        if not self.adapter_targets:
+            raise UserError("--adapter_targets is empty; name a layer, or leave it out.")
+        for name in self.adapter_targets:
+            check_text(name, "--adapter_targets")
 
     @property
     def sequences_per_step(self) -> int:
@@ -440,6 +469,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # copy that samples 1 GB; the rest is the rollout's cache, or the activations and one piece of
     # logits.
     "gsm8k-24gb": {"rollout_batch_size": 128},
+    # A 7B model on the same card: its weights in 4 bits and adapters beside them (docs/memory.md).
+    "gsm8k-7b-24gb": {
+        "model": "Qwen/Qwen2.5-7B-Instruct",
+        "adapter_rank": 16,
+        "quantize": "4bit",
+        "rollout_batch_size": 64,
+        "micro_batch_size": 8,
+        "lr": 1e-5,
+    },
     # The Chinese GSM8K: the same questions, translated; `answer_only` has the final answer.
     "gsm8k-zh": {
         "dataset": "swulling/gsm8k_chinese",

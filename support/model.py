@@ -16,6 +16,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from support.adapters import (
+    add_adapter,
+    describe_adapter,
+    has_adapter,
+    keep_gradients,
+    load_adapter,
+    quantization,
+    read_adapter,
+)
 from support.config import PRESETS, Config, multiplies_bf16_fast, resolve_path
 from support.errors import UserError
 from support.model_card import without_prompt
@@ -69,12 +78,15 @@ def check_environment() -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's own tokenizer."""
+    """The model's own tokenizer; of an adapter's folder without one, that of its base model."""
     no_hub_name = name.startswith(("runs/", ".", "/", "~"))
     if no_hub_name and not Path(resolve_path(name)).exists():
         raise UserError(
             f"There is no folder {name}; give --model a folder that is there, or a hub name."
         )
+    adapter = read_adapter(name)
+    if adapter and not Path(resolve_path(name), "tokenizer_config.json").is_file():
+        return load_tokenizer(adapter["base_model_name_or_path"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_path(name), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged file
@@ -88,14 +100,32 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_model(name: str, precision: str, gradient_checkpointing: bool = False) -> nn.Module:
-    """A causal language model on the CPU: fp32 (bf16 for bf16-pure), no dropout, in eval mode."""
-    model = read_model(name, torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+def load_model(
+    name: str,
+    precision: str,
+    gradient_checkpointing: bool = False,
+    quantize: str = "none",
+    frozen: bool = False,
+) -> nn.Module:
+    """A causal language model on the CPU: fp32 (bf16 for bf16-pure), no dropout, in eval mode.
+
+    Args:
+        name: of a model; or the folder of an adapter, which is loaded with its base model.
+        quantize: `4bit` stores the weights of linear layers so.
+        frozen: the weights are not trained themselves, and bf16 is enough for `bf16`.
+    """
+    adapter = read_adapter(name)
+    in_bf16 = precision == "bf16-pure" or (precision == "bf16" and (frozen or adapter is not None))
+    base = adapter["base_model_name_or_path"] if adapter else name
+    model = read_model(base, torch.bfloat16 if in_bf16 else torch.float32, quantize)
     # Out of the file's memory map, where a tensor may begin at any byte: matrix products round by
     # alignment, so a run that had loaded a checkpoint would differ in the last bit from one that
     # has trained the same weights.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    keep_gradients(model)
+    if adapter:
+        load_adapter(model, name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -111,7 +141,23 @@ def load_model(name: str, precision: str, gradient_checkpointing: bool = False) 
     return model.eval()
 
 
-def read_model(name: str, dtype: torch.dtype) -> nn.Module:
+def load_to_train(config: Config, checkpoint: str | None = None) -> nn.Module:
+    """The model that a run trains: all of its weights, or adapters beside frozen ones.
+
+    Args:
+        checkpoint: the folder to take the weights from, if not `config.model`.
+    """
+    frozen = config.adapter_rank > 0
+    settings = config.precision, config.gradient_checkpointing, config.quantize, frozen
+    model = load_model(checkpoint or config.model, *settings)
+    if frozen:
+        if not has_adapter(model):
+            add_adapter(model, config)
+        print(describe_adapter(model, config))
+    return model
+
+
+def read_model(name: str, dtype: torch.dtype, quantize: str = "none") -> nn.Module:
     """What is in the model's folder, or on the hub; UserError if it is no causal language model.
 
     Only from safetensors: to read a pickle is to run what is in it.
@@ -131,7 +177,8 @@ def read_model(name: str, dtype: torch.dtype) -> nn.Module:
         if getattr(architecture, "quantization_config", None):
             raise UserError(
                 f"{name} has quantized weights, and only the few others would be trained; give the "
-                "model that it was made from."
+                "model that it was made from (with --adapter_rank 16 --quantize 4bit to quantize "
+                "it here)."
             )
         remove_randomness(architecture)
         # Without its report of missing keys, which `check_weights` says in a sentence.
@@ -144,6 +191,7 @@ def read_model(name: str, dtype: torch.dtype) -> nn.Module:
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **quantization(quantize, dtype),
         )
         check_weights(name, found)
     except UserError:
@@ -156,12 +204,12 @@ def read_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def check_whole_model(name: str) -> None:
-    """UserError for a folder that holds an adapter: transformers would load its base model."""
+    """UserError for a base model that is an adapter itself: transformers would load its base."""
     folder = Path(resolve_path(name))
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{name} holds an adapter, and all weights of a model are trained here; merge it into "
-            "its base model first (peft: merge_and_unload, then save_pretrained)."
+            f"{name} is the base model of an adapter, and holds an adapter itself; merge it first "
+            "(python merge.py), and write the new folder into the other's adapter_config.json."
         )
 
 
@@ -296,17 +344,18 @@ def loading_failed(what: str, name: str, error: Exception) -> str:
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, or its 8-bit version from bitsandbytes."""
+    """AdamW, or its 8-bit version from bitsandbytes, of the weights that are trained."""
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw":  # fused: half the time of the default, on a CPU
-        return torch.optim.AdamW(model.parameters(), fused=True, **settings)
+        return torch.optim.AdamW(trained, fused=True, **settings)
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError(
             "--optimizer adamw_8bit needs the package bitsandbytes: pip install bitsandbytes."
         ) from error
-    return bitsandbytes.optim.AdamW8bit(model.parameters(), **settings)
+    return bitsandbytes.optim.AdamW8bit(trained, **settings)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> float:

@@ -79,9 +79,13 @@ def write_card(
             f"{row['eval/accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), greedy, on "
             f"{config.eval_questions or 'all'} held-out questions"
         )
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [grpo]"]
+    library = "peft" if config.adapter_rank else "transformers"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [grpo]"]
     if config.model != base or "/" in base:
         lines.append(f"base_model: {json.dumps(base)}")
+    adapter, kind = "", f" (in {config.quantize})" if config.quantize != "none" else ""
+    if config.adapter_rank:
+        adapter = f"{kind}, frozen; this folder holds adapters of rank {config.adapter_rank} alone"
     lines += [
         "---",
         "",
@@ -89,7 +93,7 @@ def write_card(
         "",
         f"Trained by pocket-grpo for {step} of {config.steps} steps.",
         "",
-        f"- base: {base}",
+        f"- base: {base}{adapter}",
         f"- data: {data}",
         f"- {objective}",
         f"- {config.arithmetic}",

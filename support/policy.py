@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from support.adapters import adapters_off, read_adapter
 from support.config import Config
-from support.model import bf16_copy, copy_weights, load_model
+from support.model import bf16_copy, copy_weights, load_model, load_to_train
 from support.preflight import check_model, check_saving
 from support.shared_prompts import share_prompts, shared_log_probs
 
@@ -30,8 +31,10 @@ class Policy(nn.Module):
         log_probs: LogProbs,
         temperature: float = 1.0,
         on_host: bool = False,
+        without_adapters: bool = False,
     ) -> None:
         super().__init__()
+        self.without_adapters = without_adapters  # the reference of a model with adapters
         self.on_host = on_host  # whether log_probs looks at tokens before they are moved
         self.model = model
         self.log_probs = log_probs
@@ -50,7 +53,8 @@ class Policy(nn.Module):
         if not self.on_host:
             tokens = [tensor.to(self.device) for tensor in tokens]
         arguments = *tokens, batch.num_actions, self.temperature
-        return self.log_probs(self.model, *arguments, *others)
+        with adapters_off(self.model, self.without_adapters):
+            return self.log_probs(self.model, *arguments, *others)
 
     @property
     def device(self) -> torch.device:
@@ -88,22 +92,28 @@ def load_policies(
         token_log_probs: of logits, as loss.token_log_probs: what the first one is made of.
     """
     set_seed(config.seed)
-    name, precision = config.model, config.precision
-    model = load_model(checkpoint or name, precision, config.gradient_checkpointing)
+    name, precision, adapted = config.model, config.precision, config.adapter_rank > 0
+    model = load_to_train(config, checkpoint)
     check_model(model, tokenizer, config, log_probs)
     check_saving(model, tokenizer, name)
-    models = [model, load_model(name, precision)] if with_reference else [model]
+    models = [model]
+    if with_reference and adapted and read_adapter(name):
+        print(
+            f"the KL is measured to the base model, without the adapter in {name} that the run "
+            "begins with; to measure it to the beginning, merge that adapter first (merge.py)"
+        )
+    if with_reference and not adapted:
+        models.append(load_model(name, precision).requires_grad_(False))
     longest = config.max_prompt_tokens + config.max_new_tokens
     shared = partial(shared_log_probs, token_log_probs=token_log_probs)
     if all(share_prompts(network, name, longest, log_probs, shared) for network in models):
         log_probs = shared
     settings = log_probs, config.temperature, log_probs is shared
-    policies = [Policy(network, *settings) for network in models]
-    policy = accelerator.prepare_model(policies[0])
-    if precision == "bf16":
+    policy = accelerator.prepare_model(Policy(model, *settings))
+    if precision == "bf16" and not adapted:
         policy.copy_in_bf16(name)
     reference = None
     if with_reference:
-        policies[1].requires_grad_(False)
-        reference = accelerator.prepare_model(policies[1], evaluation_mode=True)
+        reference = Policy(models[-1], *settings, without_adapters=adapted)
+        reference = accelerator.prepare_model(reference, evaluation_mode=True)
     return policy, reference

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from support.adapters import adapters_off
 from support.model import pad_rows
 from support.pieces import in_pieces
 
@@ -52,7 +53,8 @@ def shared_log_probs(
         model: one that `share_prompts` has found to take this.
         sequences: int64 (B, P + C); attention_mask: bool (B, P + C); num_actions: C. On the CPU,
             where the row is laid out: on a GPU each look at a length would wait for it.
-        reference: a model whose logits `token_log_probs` is given too.
+        reference: a model whose logits `token_log_probs` is given too; `model` itself stands for
+            the model without its adapters.
         token_log_probs: of logits (N, V), tokens (N,), temperature and the reference's logits.
     Returns:
         each thing that `token_log_probs` returns, float32 (B, C); 0 where there is no token.
@@ -64,7 +66,7 @@ def shared_log_probs(
     row = row.to(device)
     networks, states = [model], [hidden_states(model, row, inputs)]
     if reference is not None:
-        with torch.no_grad():
+        with torch.no_grad(), adapters_off(reference, reference is model):
             states.append(hidden_states(reference, row, inputs))
         networks.append(reference)
     heads = [Head(network) for network in networks]

@@ -28,6 +28,7 @@ from torch import Tensor
 from support.config import Config
 from support.errors import UserError, check_choice
 from support.guarded import TimeUp, restore_globals, time_limit
+from support.reward_model import RewardModel
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -102,13 +103,21 @@ class Arguments:
 
 
 def load_rewards(
-    names: list[str], built_in: dict[str, RewardFunction]
+    names: list[str], built_in: dict[str, RewardFunction], device: Any = "cpu"
 ) -> dict[str, RewardFunction]:
-    """The functions for names such as `accuracy` or `my_file.py:my_function`, by short name."""
+    """The functions for names such as `accuracy` or `my_file.py:my_function`, by short name.
+
+    Args:
+        device: where a learned reward (`model:NAME`) computes.
+    """
     rewards = {}
     for given in names:
         file, colon, function = given.rpartition(":")
-        if colon:
+        kind, _, judge = given.partition(":")
+        if kind == "model" and judge:
+            name = Path(judge).name
+            rewards[name] = UserReward(RewardModel(judge, device), name, takes_messages=True)
+        elif colon:
             rewards[function] = load_function(Path(file).expanduser(), function)
         else:
             if given.endswith(".py"):

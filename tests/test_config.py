@@ -235,7 +235,7 @@ def test_help_names_what_an_option_takes(capsys):
         assert set(names) <= set(words)
 
 
-@pytest.mark.parametrize("name", ["train", "run", "evaluate", "sft", "check_data"])
+@pytest.mark.parametrize("name", ["train", "run", "evaluate", "sft", "merge", "check_data"])
 def test_help_is_grouped_and_fits_80_columns(name, capsys):
     """A command's own flags first, then the options by concern; a looking command's defaults are those of the run."""
     with pytest.raises(SystemExit):
@@ -248,7 +248,7 @@ def test_help_is_grouped_and_fits_80_columns(name, capsys):
         if line.endswith(":") and line[0] != " " and line[:-1] in (*SECTIONS.values(), "options")
     ]
     assert heads == ["options:", *(f"{title}:" for title in SECTIONS.values())]
-    looks, text = name in ("run", "evaluate"), " ".join(text.split())
+    looks, text = name in ("run", "evaluate", "merge"), " ".join(text.split())
     assert ("(default: the newest run in runs/)" in text) == looks
     assert ("(default: 233)" in text) != looks and "--run-dir" not in text
     assert ("--resume" in text) != looks

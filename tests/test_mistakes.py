@@ -29,6 +29,7 @@ from steps import forked
 
 import check_data
 import evaluate
+import merge
 import run
 import sft
 import train
@@ -40,6 +41,7 @@ COMMANDS = {
     "evaluate": evaluate.main,
     "run": run.main,
     "sft": sft.main,
+    "merge": merge.main,
 }
 SMALL = [
     "--device=cpu", "--steps=1", "--rollouts_per_step=2", "--group_size=2", "--train_batch_size=4",
@@ -226,7 +228,7 @@ NAMES: list[Bad] = [
     ([""], "I do not know what to do with ''"),
     ("--no_gradient_checkpointing x", "I do not know what to do with 'x'"),
     ("--preset tinny", "There is no preset 'tinny'; did you mean tiny?"),
-    ("--preset ''", "There is no preset ''; choose one of: gsm8k, gsm8k-24gb, gsm8k-zh, tutorial, laptop, tiny."),
+    ("--preset ''", "There is no preset ''; choose one of: gsm8k, gsm8k-24gb, gsm8k-7b-24gb, gsm8k-zh, tutorial, laptop, tiny."),
     ("--preset", "--preset: expected one argument"),
     ("--objective grop", "There is no objective 'grop'; did you mean grpo?"),
     ("--objective GRPO", "did you mean grpo?"),
@@ -394,8 +396,8 @@ MODELS: list[Bad] = [
     ("--model README.md", "Cannot load the tokenizer 'README.md'"),
     ("--model https://huggingface.co/a/b", "--model takes a hub name, or a Hugging Face folder"),
     (M, "Cannot load the tokenizer", lambda d: (d / "m").mkdir()),
-    (M, "holds an adapter, and all weights of a model are trained here; merge it", bundled(adapter_config__json="{}")),
-    (M, "holds an adapter", bundled("model.safetensors", "config.json", config={}, adapter_config__json="{}")),
+    (M, "does not describe a LoRA adapter (KeyError: 'peft_type'); copy the folder again", bundled(adapter_config__json="{}")),
+    (M, "holds an adapter (IA3), and only plain LoRA can be trained here; merge it", bundled("model.safetensors", "config.json", config={}, adapter_config__json='{"peft_type": "IA3", "base_model_name_or_path": "tiny/model", "r": 4, "lora_alpha": 8, "target_modules": []}')),
     (M, "has quantized weights, and only the few others would be trained", bundled(config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})),
     (M, "config.json' is not a valid JSON file", bundled(config__json="{not json")),
     (M, "config.json' is not a valid JSON file", bundled(config__json=b"\xff\xfe\0")),
@@ -544,6 +546,9 @@ OTHERS: list[Bad] = [
     ("--lr=-1", "--lr is -1", None, "sft"),
     (DATA, "the column question is missing", file("x.jsonl", '{"problem": "a"}'), "check_data"),
     ("--resume {d}/r", "sft.py cannot resume", a_run(), "sft"),
+    ("", "Say where the merged model is to be written: --output FOLDER.", None, "merge"),
+    ("--output {d}/r", "is there already; choose another --output.", a_run(), "merge"),
+    ("--output {d}/new", "tiny/model holds no adapter, so there is nothing to merge.", None, "merge"),
     ("--run_dir {d}/r", "is not empty", a_run(), "sft"),
     (M, "no match", bundled(tokenizer={"eos_token": "<zz>"}), "sft"),
     (DATA, "The completion of 'a' is empty or is not text", file("x.jsonl", '{"question": "a", "answer": "#### 5", "completion": 5}'), "sft"),

@@ -1,0 +1,234 @@
+"""Does it fit? The memory that a run needs, from a model's sizes, before it is downloaded.
+
+    python benchmarks/memory_plan.py                   the table of docs/memory.md
+    python benchmarks/memory_plan.py --check FOLDER    beside measured peaks of two steps, on a CPU
+
+The sizes are those of each model's config; the model itself is built on the meta device, which
+holds no numbers. What is counted, in bytes:
+
+    weights      4 for each parameter (fp32), 2 in bf16-pure and for frozen ones under adapters,
+                 about 0.52 in NF4 (4 bits, and a scale for 64 of them in 8 bits)
+    training     for each parameter that is trained: its gradient, and Adam's two moments
+    sampler      a bf16 copy for the rollout; and what autocast keeps in bf16 during an update
+    reference    a second model, where there is a KL and no adapter
+    rollout      keys and values of all sequences of a batch, and their logits
+    update       what the backward pass needs of one micro-batch: with gradient checkpointing the
+                 input of each layer, and all of one layer; and some pieces of logits
+
+The peak is what stays there, and the larger one of rollout and update.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, machine, read_jsonl, table, versions
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from support.config import PRESETS, Config
+from support.errors import command
+from support.pieces import LOGITS_AT_A_TIME
+
+GB = 1e9
+CARDS = (16, 24, 40, 48, 80, 141)
+MARKS = ("<!-- plan -->", "<!-- /plan -->")
+
+
+def shape(hidden: int, layers: int, heads: int, inner: int) -> dict[str, int]:
+    """The sizes of a model under their names in config.json."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+    }
+
+
+QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936}
+LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128_256}
+TIED = {"tie_word_embeddings": True}
+# From the config.json of each model on the hub.
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": QWEN | TIED | shape(896, 24, 14, 4864),
+    "Qwen2.5-1.5B": QWEN | TIED | shape(1536, 28, 12, 8960),
+    "Qwen2.5-3B": QWEN | TIED | shape(2048, 36, 16, 11008),
+    "Qwen2.5-7B": QWEN
+    | shape(3584, 28, 28, 18944)
+    | {"num_key_value_heads": 4, "vocab_size": 152_064},
+    "Llama-3.2-1B": LLAMA | TIED | shape(2048, 16, 32, 8192) | {"head_dim": 64},
+    "Llama-3.1-8B": LLAMA | shape(4096, 32, 32, 14336),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the memory of a run, beside its model."""
+
+    words: str
+    config: Config
+
+
+def sizes_of(config: Any) -> dict[str, float]:
+    """What is counted of a model, from its config, without a single number of it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tables = {
+        id(m.weight): m.weight.numel() for m in model.modules() if hasattr(m, "num_embeddings")
+    }
+    head = model.get_output_embeddings().weight
+    tables[id(head)] = head.numel()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tables": sum(tables.values()),
+        "linear": sum(m.weight.numel() for m in linear),
+        "adapter": sum(m.in_features + m.out_features for m in linear),  # for each rank
+        "head": head.numel(),
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "inner": text.intermediate_size,
+        "heads": text.num_attention_heads * head_dim,
+        "cache": 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim,  # for a token
+        "vocabulary": text.vocab_size,
+    }
+
+
+def plan(sizes: dict[str, float], config: Config, device: str = "cuda") -> dict[str, float]:
+    """The parts of the peak, in bytes."""
+    count, rank = sizes["parameters"], config.adapter_rank
+    pure, fp32 = config.precision == "bf16-pure", config.precision == "fp32"
+    width = 4 if fp32 else 2  # of what is computed with
+    if rank:
+        trained, weight = rank * sizes["adapter"], 4 if fp32 else 2
+        linear = 0.52 if config.quantize == "4bit" else weight
+        frozen = linear * sizes["linear"] + weight * (count - sizes["linear"])
+        weights, gradient, copies = frozen + 4 * trained, 4, 0
+    else:
+        trained, gradient = count, 2 if pure else 4
+        weights = gradient * count
+        copies = 2 * 2 * count if config.precision == "bf16" else 0  # the sampler's, autocast's
+    moments = 2 if config.optimizer == "adamw_8bit" else 2 * gradient
+    kl = PRESETS.get(config.preset, {}).get("kl_weight") != 0.0 and config.kl_weight != 0.0
+    reference = weights if kl and not rank else 0
+    length = config.max_prompt_tokens + config.max_new_tokens
+    batch = min(config.rollout_batch_size, config.sequences_per_step)
+    rollout = batch * (length * sizes["cache"] * width + 6 * sizes["vocabulary"])
+    return {
+        "weights": weights,
+        "training": trained * (gradient + moments),
+        "copies": copies,
+        "reference": reference,
+        "rollout": rollout,
+        "update": update_bytes(sizes, config, width, device),
+    }
+
+
+def update_bytes(sizes: dict[str, float], config: Config, width: int, device: str) -> float:
+    """Of one micro-batch: activations, and pieces of logits with the gradient of the head.
+
+    A layer keeps about 10 rows of its hidden size and 4 of its inner one for the backward pass.
+    """
+    prompts = -(-config.micro_batch // config.group_size)  # each stands once for its group
+    tokens = config.micro_batch * config.max_new_tokens + prompts * config.max_prompt_tokens
+    stream = 4 if config.precision == "bf16" and not config.adapter_rank else width
+    layer = tokens * width * (8 * sizes["hidden"] + 2 * sizes["heads"] + 4 * sizes["inner"])
+    kept = tokens * sizes["hidden"] * stream * sizes["layers"]
+    activations = kept + (layer if config.gradient_checkpointing else layer * sizes["layers"])
+    head = 0 if config.adapter_rank else sizes["head"] * width
+    return activations + 3 * 4 * LOGITS_AT_A_TIME[device] + head
+
+
+def peak(parts: dict[str, float]) -> float:
+    """What stays, and the larger one of rollout and update."""
+    staying = sum(parts[name] for name in ("weights", "training", "copies", "reference"))
+    return staying + max(parts["rollout"], parts["update"])
+
+
+# ------------------------------------------------------------------------------------- the tables
+
+GSM8K = PRESETS["gsm8k-24gb"] | {"micro_batch_size": 8}
+PLANS = [
+    Plan("all weights", Config(**GSM8K)),
+    Plan("all weights, Adam in 8 bits", Config(**GSM8K, optimizer="adamw_8bit")),
+    Plan("all weights, in bf16-pure", Config(**GSM8K, precision="bf16-pure")),
+    Plan("LoRA, rank 16", Config(**GSM8K, adapter_rank=16)),
+    Plan("LoRA on 4 bits, rank 16", Config(**GSM8K, adapter_rank=16, quantize="4bit")),
+]
+
+
+def tables() -> list[str]:
+    """A row for each model and each way to train it, with the smallest card that holds it."""
+    cells = []
+    for name, settings in MODELS.items():
+        sizes = sizes_of(AutoConfig.for_model(**settings))
+        for each in PLANS:
+            parts = {part: value / GB for part, value in plan(sizes, each.config).items()}
+            total = peak(parts)
+            card = next((str(card) for card in CARDS if 0.92 * card >= total), "none of these")
+            cells.append([name, each.words, *(f"{value:.1f}" for value in parts.values())])
+            cells[-1] += [f"**{total:.1f}**", card]
+    head = ["model", "what is trained", "weights", "training", "copies", "reference", "rollout"]
+    return table([*head, "update", "peak, GB", "card, GB"], cells)
+
+
+INTERPRETER = 0.45  # GB of Python and its libraries
+
+
+def check(model: str, flags: list[str]) -> list[str]:
+    """One step of every plan with a model that is here: the measured peak beside the plan's."""
+    sizes, cells = sizes_of(AutoConfig.from_pretrained(model)), []
+    own = {
+        "rollouts_per_step": 2,
+        "group_size": 8,
+        "train_batch_size": 16,
+        "kl_weight": 0.0,
+        "steps": 2,
+    }
+    own |= {"max_prompt_tokens": 256, "max_new_tokens": 64, "dataset": "tiny/task", "device": "cpu"}
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"}
+    for each in PLANS:
+        config = replace(each.config, **own)
+        planned = peak(plan(sizes, config, "cpu")) / GB + INTERPRETER
+        with tempfile.TemporaryDirectory() as work:
+            config = replace(config, model=model, run_dir=str(Path(work, "run")), eval_interval=0)
+            config = replace(config, checkpoint_interval=0)
+            config.save(Path(work, "config.yaml"))
+            line = [sys.executable, "train.py", f"--config={work}/config.yaml", *flags]
+            line.append(f"--run_dir={work}/run")
+            subprocess.run(line, cwd=ROOT, check=True, env=os.environ | malloc)
+            rows = read_jsonl(Path(work, "run", "metrics.jsonl"))
+        measured = max(row["perf/peak_memory_gb"] for row in rows)
+        cells.append([each.words, f"{planned:.2f}", f"{measured:.2f}", f"{measured / planned:.2f}"])
+        print(" | ".join(cells[-1]), flush=True)
+    head = [Path(model).name, "plan, GB", "measured, GB", "measured ÷ plan"]
+    return [*table(head, cells), "", f"{machine()}; {versions()}"]
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Write the table into docs/memory.md, or print the check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", metavar="FOLDER", help="a model to measure beside the plan")
+    parser.add_argument("flags", nargs="*", help="further flags for train.py, after --")
+    args = parser.parse_args(argv)
+    if args.check:
+        print("\n".join(check(args.check, args.flags)))
+        return
+    page = ROOT / "docs" / "memory.md"
+    first, _, others = page.read_text(encoding="utf-8").partition(MARKS[0])
+    last = others.partition(MARKS[1])[2]
+    page.write_text("\n".join([f"{first}{MARKS[0]}", *tables(), f"{MARKS[1]}{last}"]), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
