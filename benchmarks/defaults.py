@@ -359,8 +359,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=positive, default=160, help="of the prompts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--steps", type=positive, default=10)
-    parser.add_argument("flags", nargs="*", help="further flags for train.py, after --")
-    args = parser.parse_args(argv)
+    parser.epilog = "What stands behind a -- are further flags for train.py."
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end], argparse.Namespace(flags=argv[end + 1 :]))
     if args.what != "report" and not args.model:
         raise UserError("--model is missing; give it the folder of a pretrained model.")
     {"prompts": ask, "runs": train, "report": report}[args.what](args)

@@ -209,6 +209,26 @@ def test_the_demo_raises_none():
         assert not heard
 
 
+def test_a_pretrained_model_that_unlearns_is_noticed_within_three_steps():
+    """The runs of results/defaults.jsonl: the old prompt and reward; too high an lr; and those that learn."""
+    runs = {}
+    for line in (ROOT / "results" / "defaults.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.pop("kind") == "step":
+            run = (row.pop("run"), row.pop("seed"))
+            known = {k: v for k, v in row.items() if isinstance(v, float) and "alarm" not in k}
+            runs.setdefault(run, []).append(known)
+    first = {}
+    for run, rows in runs.items():
+        for step in range(len(rows)):
+            for name in active_alarms(ALARMS, rows[: step + 1]):
+                first.setdefault(run, {}).setdefault(name, step)
+    expected = {"answer_untagged": 0, "copied_prompt": 2, "reasoning_collapses": 3}
+    assert first["old", 42] == expected | {"format_alone": 3}
+    assert first["lr-high", 42] == {"reasoning_collapses": 6, "accuracy_falls": 8}
+    assert {("new", 42), ("new", 1)} <= runs.keys() and not {("new", 42), ("new", 1)} & first.keys()
+
+
 def lines_of(monitor, values, start=1):
     for step, value in enumerate(values, start):
         monitor.add("train/kl_divergence", value)

@@ -19,13 +19,15 @@ ALGORITHM = ["train", "rollout", "reward", "loss", "replay_buffer"]
 COMMANDS = ["run", "evaluate", "sft", "merge", "check_data"]
 TOP = {
     *(f"{name}.py" for name in (*ALGORITHM, *COMMANDS)), "objectives", "support", "tests", "docs", "tiny", "benchmarks",
-    "results", "README.md", "LICENSE", "Makefile", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "setup.py",
+    "examples", "results", "README.md", "LICENSE", "Makefile", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "setup.py",
     ".gitignore", ".ci",
 }  # fmt: skip
 CORE = [ROOT / f"{name}.py" for name in ALGORITHM]
 SUPPORT, OBJECTIVES = sorted(ROOT.glob("support/*.py")), sorted(ROOT.glob("objectives/*.py"))
 CODE = [*CORE, *(ROOT / f"{name}.py" for name in COMMANDS), *SUPPORT, *OBJECTIVES]
-OTHERS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("tiny/*.py")]
+OTHERS = [
+    p for folder in ("benchmarks", "docs", "examples", "tiny") for p in ROOT.glob(f"{folder}/*.py")
+]
 
 
 def name(file):

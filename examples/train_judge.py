@@ -1,0 +1,149 @@
+"""Train a small reward model: is this answer right? From a model's own right and wrong answers.
+
+    python examples/train_judge.py --preset tiny --lr 1e-3 --steps 400 --train_batch_size 64 \
+        --run_dir runs/judge
+    python train.py --preset tiny --reward model:runs/judge --reward_weights 1
+
+The model that is to be trained later answers training questions; each answer is right or wrong, as
+the rule of `--reward accuracy` says. Beside them stand the dataset's own solutions, right ones and
+some whose final number was changed. A sequence classifier with one label, made of the same model,
+learns to tell them apart (binary cross-entropy). The judge never sees the reference: what it learns
+is to check an answer. `steps` are optimizer steps of `train_batch_size` answers.
+"""
+
+import random
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import AutoModelForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from objectives.table import NAMES  # noqa: E402
+from rollout import rollout  # noqa: E402
+from sft import target  # noqa: E402
+from support.answers import is_correct  # noqa: E402
+from support.checkpoint import new_run_dir  # noqa: E402
+from support.command_line import parse_config  # noqa: E402
+from support.config import Config, resolve_path  # noqa: E402
+from support.data import Question  # noqa: E402
+from support.errors import UserError, command  # noqa: E402
+from support.generation import Sampling  # noqa: E402
+from support.model import build_accelerator, load_model, load_tokenizer  # noqa: E402
+from support.monitor import progress, quiet_progress  # noqa: E402
+from support.prompts import training_questions  # noqa: E402
+from support.reward_model import RewardModel  # noqa: E402
+
+HELD_OUT = 0.1  # of the questions: the judge is tried on answers to them
+
+Answer = tuple[Question, str, bool]  # a question, what was answered, and whether it is right
+
+
+def collect(config: Config, tokenizer: Any, questions: list[Question]) -> list[Answer]:
+    """The model's own answers to the questions, and the dataset's solutions, right and changed."""
+    model = load_model(config.model, config.sampling_precision)
+    model.to(build_accelerator(config).device)
+    show = quiet_progress("answers")
+    groups = rollout(model, tokenizer, questions, config.group_size, Sampling.of(config), show)
+    answers = [
+        (group.question, c.text, is_correct(c.text, group.question.reference, c.truncated))
+        for group in groups
+        for c in group.completions
+    ]
+    chance = random.Random(config.seed)
+    for question in questions:
+        right = target(question)
+        answers.append((question, right, True))
+        other = str(int(float(question.reference)) + chance.choice([-10, -2, -1, 1, 2, 10]))
+        head, tag, _ = right.rpartition("<answer>")
+        answers.append((question, f"{head}{tag}{other}</answer>", False))
+    return answers
+
+
+def logits(judge: RewardModel, answers: list[Answer]) -> torch.Tensor:
+    """The judge's numbers for answers, with a gradient, float32 (N,)."""
+    chats = [
+        [{"role": "user", "content": q.question}, {"role": "assistant", "content": text}]
+        for q, text, _ in answers
+    ]
+    texts = judge.tokenizer.apply_chat_template(chats, tokenize=False)
+    given = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
+    inputs = judge.tokenizer(texts, add_special_tokens=False, **given).to(judge.judge.device)
+    inputs.pop("token_type_ids", None)
+    return judge.judge(**inputs).logits[:, 0].float()
+
+
+def fit(judge: RewardModel, answers: list[Answer], config: Config) -> None:
+    """`config.steps` optimizer steps on batches with as many right as wrong answers."""
+    judge.judge.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(judge.judge.parameters(), lr=config.lr, weight_decay=0.01)
+    kinds = [[a for a in answers if a[2] is kind] for kind in (True, False)]
+    chance, half = random.Random(config.seed), config.train_batch_size // 2
+    bar = progress(range(config.steps), "judge")
+    for step in bar:
+        batch = [each for kind in kinds for each in chance.choices(kind, k=half)]
+        truth = torch.tensor([float(right) for _, _, right in batch])
+        found = logits(judge, batch)
+        loss = binary_cross_entropy_with_logits(found, truth.to(found.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(judge.judge.parameters(), config.max_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (1 - step / config.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % max(1, config.steps // 10) == 0:
+            bar.write(f"step {step + 1}/{config.steps} | loss {loss.item():.3f}")
+    judge.judge.eval()
+
+
+@torch.no_grad()
+def try_out(judge: RewardModel, answers: list[Answer]) -> tuple[float, float]:
+    """How often it ranks a right answer above a wrong one (the area under the curve), and the base.
+
+    The base is the share of right answers.
+    """
+    scores = torch.cat([logits(judge, answers[i : i + 64]) for i in range(0, len(answers), 64)])
+    right = torch.tensor([kind for _, _, kind in answers])
+    above = scores.cpu()[right][:, None] - scores.cpu()[~right][None, :]
+    return float((above > 0).float().mean() + (above == 0).float().mean() / 2), float(
+        right.float().mean()
+    )
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Sample, fit, try out, and save a folder for --reward model:FOLDER."""
+    config, others = parse_config(argv, __doc__, NAMES)
+    if others["resume"]:
+        raise UserError("A judge cannot be resumed: start again, in another --run_dir.")
+    tokenizer = load_tokenizer(config.model)
+    questions = training_questions(config, tokenizer)
+    held_out = int(HELD_OUT * len(questions))
+    collected = partial(collect, config, tokenizer)
+    new, known = collected(questions[:held_out]), collected(questions[held_out:])
+    for name, found in (("training", known), ("held out", new)):
+        if len({right for _, _, right in found}) < 2:
+            raise UserError(f"All answers ({name}) are right, or all wrong; take other questions.")
+    folder, _held = new_run_dir(config)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        resolve_path(config.model), num_labels=1, dtype=torch.float32, use_safetensors=True
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    judge = RewardModel(str(folder), build_accelerator(config).device)
+    fit(judge, known, config)
+    area, share = try_out(judge, new)
+    judge.judge.save_pretrained(folder)
+    print(
+        f"{len(known)} answers, {share:.0%} of them right; a right answer to a new question is "
+        f"ranked above a wrong one in {area:.1%} of the pairs\nwritten: {folder}   go on: python "
+        f"train.py --reward model:{folder} --reward_weights 1"
+    )
+
+
+if __name__ == "__main__":
+    main()
