@@ -183,19 +183,21 @@ OLD = ["--system_prompt", TUTORIAL_PROMPT, "--reward", "accuracy", "format"]
 OLD += ["--reward_weights", "1", "0.2"]
 BOTH = ["--reward", "accuracy", "format", "--reward_weights", "1", "0.2"]
 TIERS = ["--reward", "tutorial", "--reward_weights", "1"]
+HOT = ["--lr", "1e-5", "--max_new_tokens", "96"]
+MANY = ["--train_batch_size", "4", "--micro_batch_size", "4"]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "new": ("the preset", []),
-    "old": ("prompt and reward as they were", [*OLD, "--max_new_tokens", "96"]),
-    "old-budget": ("the same with 128 tokens, and the preset's lr", OLD),
+    "old": ("prompt and reward as they were, lr 1e-5, 96 tokens", [*OLD, *HOT]),
+    "old-same-lr": ("prompt and reward as they were, all else as in the preset", OLD),
     "new-format": ("format is rewarded too, by 0.2", BOTH),
     "new-gdpo": ("the same, each reward compared for itself", [*BOTH, "--objective", "gdpo"]),
     "new-tutorial": ("the tutorial's reward", TIERS),
     "tutorial": ("the tutorial's prompt and reward", ["--system_prompt", TUTORIAL_PROMPT, *TIERS]),
     "old-prompt": ("the tutorial's prompt, accuracy alone", ["--system_prompt", TUTORIAL_PROMPT]),
+    "lora": ("LoRA of rank 16 at lr 2e-5", ["--adapter_rank", "16"]),
     "no-std": ("no division by the group's std", ["--objective", "dr_grpo"]),
-    "many-steps": ("12 optimizer steps a rollout at lr 5e-6", ["--train_batch_size", "4"]),
-    "lr-low": ("lr 2e-6", ["--lr", "2e-6"]),
-    "lr-high": ("lr 3e-5", ["--lr", "3e-5"]),
+    "many-steps": ("12 optimizer steps a rollout at lr 5e-6", [*MANY, "--lr", "5e-6"]),
+    "lr-high": ("lr 1e-5", ["--lr", "1e-5"]),
     "kl": ("with a KL of weight 0.01", ["--kl_weight", "0.01"]),
 }
 
@@ -300,11 +302,16 @@ def picture(runs: dict[tuple[str, str, int], list[dict[str, Any]]], path: Path) 
     """The default run and the old one: held-out accuracy and length over the minutes."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    styles = {"new": ("C0", "now"), "old": ("C3", "the old prompt and reward")}
+    styles = {
+        ("new", 42): ("C0", "now, seed 42"),
+        ("new", 1): ("C9", "now, seed 1"),
+        ("old-same-lr", 42): ("C3", "the old prompt and reward, same lr"),
+        ("old", 42): ("C1", "the old prompt and reward, lr 1e-5"),
+    }
     for (name, _, seed), rows in runs.items():
-        if name not in styles:
+        if (name, seed) not in styles:
             continue
-        color, label = styles[name]
+        color, label = styles[name, seed]
         minutes, at = 0.0, []
         for row in rows:
             minutes += row.get("time/step", 0.0) / 60
@@ -313,7 +320,7 @@ def picture(runs: dict[tuple[str, str, int], list[dict[str, Any]]], path: Path) 
         times, values = [t for t, _ in held], [row["eval/accuracy"] for _, row in held]
         low, high = ([row[f"eval/accuracy_{end}"] for _, row in held] for end in ("low", "high"))
         left.fill_between(times, low, high, color=color, alpha=0.15, lw=0)
-        left.plot(times, values, "o-", color=color, ms=4, label=f"{label}, seed {seed}")
+        left.plot(times, values, "o-", color=color, ms=4, label=label)
         steps = [(t, row) for t, row in zip(at, rows, strict=True) if "time/step" in row]
         right.plot(
             [t for t, _ in steps], [r["rollout/completion_tokens"] for _, r in steps], color=color

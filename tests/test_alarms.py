@@ -17,6 +17,7 @@ from support.alarms import (
     has_jumped,
     has_stayed_flat,
 )
+from support.config import Config
 from support.monitor import Monitor
 
 HEALTHY = {
@@ -188,13 +189,21 @@ def test_missing_metrics_are_no_alarm():
 
 def test_alarms_that_mean_nothing_are_left_out():
     every = set(ALARMS)
-    assert set(alarms_for(OBJECTIVES["grpo"].ratio_level, 1.0)) == every
-    assert set(alarms_for(OBJECTIVES["gspo"].ratio_level, 1.0)) == every - {"clipped"}, (
+    grpo, gspo = OBJECTIVES["grpo"].ratio_level, OBJECTIVES["gspo"].ratio_level
+    assert set(alarms_for(grpo, Config())) == every
+    assert set(alarms_for(gspo, Config())) == every - {"clipped"}, (
         "its narrow clip takes most, by design"
     )
-    assert set(alarms_for(OBJECTIVES["grpo"].ratio_level, 0.9)) == every - {"sampler"}, (
+    assert set(alarms_for(grpo, Config(top_p=0.9))) == every - {"sampler"}, (
         "a nucleus is a known gap"
     )
+    short = Config(reward=["accuracy", "length_penalty"], reward_weights=[1.0, 0.1])
+    assert set(alarms_for(grpo, short)) == every - {"reasoning_collapses"}, "it is asked for"
+
+
+def test_a_policy_that_has_learned_may_be_sure_of_it():
+    rows = [{"rollout/success_rate": 0.95, "rollout/entropy": 0.4 * 0.8**i} for i in range(30)]
+    assert heard(rows) == set()
 
 
 def test_the_demo_raises_none():
@@ -225,6 +234,8 @@ def test_a_pretrained_model_that_unlearns_is_noticed_within_three_steps():
                 first.setdefault(run, {}).setdefault(name, step)
     expected = {"answer_untagged": 0, "copied_prompt": 2, "reasoning_collapses": 3}
     assert first["old", 42] == expected | {"format_alone": 3}
+    same_lr = {"reasoning_collapses": 5, "format_alone": 5, "accuracy_falls": 6}
+    assert first["old-same-lr", 42] == expected | same_lr
     assert first["lr-high", 42] == {"reasoning_collapses": 6, "accuracy_falls": 8}
     assert {("new", 42), ("new", 1)} <= runs.keys() and not {("new", 42), ("new", 1)} & first.keys()
 
@@ -265,4 +276,26 @@ def test_alarms_remember_over_a_resume(tmp_path, capsys):
         monitor.close()
     assert capsys.readouterr().out.count("ALARM kl:") == 1
     assert ["alarm/kl" in row for row in metrics(tmp_path)] == [False, False, True, True]
-    assert monitor.rows.maxlen == LONGEST
+
+
+def test_alarms_remember_evaluations_of_long_ago(tmp_path, capsys):
+    """Held-out accuracy that falls slowly, in a run with few evaluations, and over a resume."""
+    accuracy = [{"eval/accuracy_low": low, "eval/accuracy_high": low + 0.1} for low in (0.6, 0.2)]
+    for resumed in (False, True):
+        folder = tmp_path / str(resumed)
+        folder.mkdir()
+        monitor = Monitor(ALARMS)
+        monitor.open(folder)
+        for step in range(1, LONGEST + 60):
+            if resumed and step == LONGEST + 30:
+                monitor.close()
+                monitor = Monitor(ALARMS)
+                monitor.open(folder, step - 1)
+            held_out = accuracy[step > 1] if step in (1, LONGEST + 50) else {}
+            for name, value in ({"train/grad_norm": 0.4} | held_out).items():
+                monitor.add(name, value)
+            monitor.flush(step, 999)
+        monitor.close()
+        assert len(monitor.rows) == LONGEST and len(monitor.evaluated) == 1
+        on = [row["step"] for row in metrics(folder) if "alarm/accuracy_falls" in row]
+        assert on == [LONGEST + 50]
