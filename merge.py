@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
     if adapter is None:
         raise UserError(f"{config.model} holds no adapter, so there is nothing to merge.")
     tokenizer = load_tokenizer(config.model)
-    trained = load_model(config.model, config.sampling_precision, quantize=config.quantize)
+    # An adapter of another program says nothing of its base's precision: nothing is rounded then.
+    chosen = others["base"] or any(word.startswith("--precision") for word in argv)
+    precision = config.sampling_precision if chosen else "fp32"
+    trained = load_model(config.model, precision, quantize=config.quantize)
     whole = load_model(adapter["base_model_name_or_path"], "fp32")
     merge(trained, whole)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -50,7 +53,12 @@ def main(argv: list[str]) -> None:
         whole.save_pretrained(partial)
         if others["base"]:  # it is of a run, whose prompt and settings belong to the model
             save_tokenizer(partial, tokenizer, config)
-            settings = replace(config, model=others["base"], adapter_rank=0, quantize="none")
+            # All weights learn at a tenth of the rate of adapters; a base that is an adapter itself
+            # has been merged too.
+            chain = read_adapter(others["base"]) is not None
+            base = adapter["base_model_name_or_path"] if chain else others["base"]
+            lr = float(f"{config.lr / 10:.12g}")
+            settings = replace(config, model=base, adapter_rank=0, quantize="none", lr=lr)
             settings.save(partial / "config.yaml")
         else:
             tokenizer.save_pretrained(partial)

@@ -17,7 +17,7 @@ from objectives.table import NAMES
 from rollout import Completion, rollout
 from support.answers import find_answer, find_reasoning, is_correct
 from support.checkpoint import find_model
-from support.command_line import parse_run_config
+from support.command_line import parse_run_config, quantize_of
 from support.config import Config
 from support.data import Question
 from support.errors import UserError, command
@@ -30,7 +30,9 @@ from support.prompts import with_prompts
 LABEL = re.compile(r"(reasoning|answer|reward|tokens|said) +")
 
 
-def greedy_answers(name: str, questions: list[Question], config: Config) -> list[Completion]:
+def greedy_answers(
+    name: str, questions: list[Question], config: Config, quantize: str
+) -> list[Completion]:
     """Greedy answers of the model `name`, which is dropped afterwards: never two in the memory."""
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(name)
@@ -39,7 +41,7 @@ def greedy_answers(name: str, questions: list[Question], config: Config) -> list
         raise UserError(
             f"The question is longer than --max_prompt_tokens {config.max_prompt_tokens}; raise it."
         )
-    model = load_model(name, config.sampling_precision, quantize=config.quantize)
+    model = load_model(name, config.sampling_precision, quantize=quantize)
     check_model(model, tokenizer, replace(config, model=name), sequences_log_probs)
     model.to(accelerator.device)
     greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
@@ -102,7 +104,11 @@ def main(argv: list[str]) -> None:
         questions = held_out_questions(config, load_tokenizer(config.model))[:3]
     names = [find_model(others["base"])] if others["base"] else []
     names.append(config.model)
-    columns = [greedy_answers(name, questions, config) for name in names]
+    # The model that a run started from is loaded as in the run; one that was chosen, as its own.
+    chosen = any(word.startswith("--base") for word in argv)
+    kinds = [quantize_of(names[0]) if chosen else config.quantize, config.quantize][-len(names) :]
+    pairs = zip(names, kinds, strict=True)
+    columns = [greedy_answers(name, questions, config, kind) for name, kind in pairs]
     width = shutil.get_terminal_size((120, 24)).columns
     for question, *completions in zip(questions, *columns, strict=True):
         print("\n" + textwrap.fill(question.question, width) + "\n")

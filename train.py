@@ -240,7 +240,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     loss, optimizer = equations.build_loss(objective), build_optimizer(policy.model, config)
     models = config, tokenizer, policy, reference, objective, loss, optimizer
     data = rewards, QuestionStream(questions, config.seed), held_out
-    monitor = Monitor(alarms_for(objective.ratio_level, config.top_p))
+    monitor = Monitor(alarms_for(objective.ratio_level, config))
     trainer = Trainer(*models, *data, monitor, MicroBatch(config.micro_batch))
     restore(trainer, state)
     check_sampler(trainer.sample, policy, pad_batch, questions, config)

@@ -8,12 +8,13 @@ holds no numbers. What is counted, in bytes:
 
     weights      4 for each parameter (fp32), 2 in bf16-pure and for frozen ones under adapters,
                  about 0.52 in NF4 (4 bits, and a scale for 64 of them in 8 bits)
-    training     for each parameter that is trained: its gradient, and Adam's two moments
-    sampler      a bf16 copy for the rollout; and what autocast keeps in bf16 during an update
+    optimizer    Adam's two moments of what is trained
+    sampler      a bf16 copy for the rollout
     reference    a second model, where there is a KL and no adapter
-    rollout      keys and values of all sequences of a batch, and their logits
-    update       what the backward pass needs of one micro-batch: with gradient checkpointing the
-                 input of each layer, and all of one layer; and some pieces of logits
+    rollout      keys, values and logits of all sequences of a batch; or its prompts, being read
+    update       gradients; the weights that autocast keeps in bf16; what the backward pass needs of
+                 one micro-batch: with gradient checkpointing the input of each layer, and all of
+                 one layer; and some pieces of logits
 
 The peak is what stays there, and the larger one of rollout and update.
 """
@@ -31,6 +32,7 @@ import torch
 from common import ROOT, machine, read_jsonl, table, versions
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from objectives.table import objective_of
 from support.config import PRESETS, Config
 from support.errors import command
 from support.pieces import LOGITS_AT_A_TIME
@@ -104,51 +106,67 @@ def sizes_of(config: Any) -> dict[str, float]:
 def plan(sizes: dict[str, float], config: Config, device: str = "cuda") -> dict[str, float]:
     """The parts of the peak, in bytes."""
     count, rank = sizes["parameters"], config.adapter_rank
-    pure, fp32 = config.precision == "bf16-pure", config.precision == "fp32"
-    width = 4 if fp32 else 2  # of what is computed with
+    fp32 = config.precision == "fp32"
+    width, number = (4 if fp32 else 2), (2 if config.precision == "bf16-pure" else 4)
+    copies = 2 * count if config.precision == "bf16" and not rank else 0  # a bf16 model beside fp32
+    trained = rank * sizes["adapter"] if rank else count
     if rank:
-        trained, weight = rank * sizes["adapter"], 4 if fp32 else 2
+        weight, number = width, 4
         linear = 0.52 if config.quantize == "4bit" else weight
-        frozen = linear * sizes["linear"] + weight * (count - sizes["linear"])
-        weights, gradient, copies = frozen + 4 * trained, 4, 0
+        weights = linear * sizes["linear"] + weight * (count - sizes["linear"]) + 4 * trained
     else:
-        trained, gradient = count, 2 if pure else 4
-        weights = gradient * count
-        copies = 2 * 2 * count if config.precision == "bf16" else 0  # the sampler's, autocast's
-    moments = 2 if config.optimizer == "adamw_8bit" else 2 * gradient
-    kl = PRESETS.get(config.preset, {}).get("kl_weight") != 0.0 and config.kl_weight != 0.0
-    reference = weights if kl and not rank else 0
-    length = config.max_prompt_tokens + config.max_new_tokens
-    batch = min(config.rollout_batch_size, config.sequences_per_step)
-    rollout = batch * (length * sizes["cache"] * width + 6 * sizes["vocabulary"])
+        weights = number * count
+    has_kl = objective_of(config).kl_weight > 0
     return {
         "weights": weights,
-        "training": trained * (gradient + moments),
-        "copies": copies,
-        "reference": reference,
-        "rollout": rollout,
-        "update": update_bytes(sizes, config, width, device),
+        "optimizer": trained * (2 if config.optimizer == "adamw_8bit" else 2 * number),
+        "sampler": copies,
+        "reference": weights if has_kl and not rank else 0,
+        "rollout": rollout_bytes(sizes, config, width),
+        "update": number * trained + update_bytes(sizes, config, width, device, copies),
     }
 
 
-def update_bytes(sizes: dict[str, float], config: Config, width: int, device: str) -> float:
-    """Of one micro-batch: activations, and pieces of logits with the gradient of the head.
+def rollout_bytes(sizes: dict[str, float], config: Config, width: int) -> float:
+    """Keys, values and logits of a batch; or what its prompts take while they are read.
 
-    A layer keeps about 10 rows of its hidden size and 4 of its inner one for the backward pass.
+    A rollout reads each question once, an evaluation as many as the batch has.
+    """
+    batch = config.rollout_batch_size
+    prompts = batch if config.eval_interval else -(-batch // config.group_size)
+    read = config.max_prompt_tokens * (3 * sizes["inner"] + sizes["cache"]) * width
+    length = config.max_prompt_tokens + config.max_new_tokens
+    sampled = min(batch, config.sequences_per_step)
+    decode = length * sizes["cache"] * width + 14 * sizes["vocabulary"]
+    return max(prompts * read, sampled * decode)
+
+
+def update_bytes(
+    sizes: dict[str, float], config: Config, width: int, device: str, copies: float
+) -> float:
+    """Of one micro-batch: activations, pieces of logits, and the gradient of the head.
+
+    A layer keeps about 8 rows of its hidden size and 4 of its inner one for the backward pass.
+    Autocast keeps its bf16 weights until the forward pass is over, and with gradient checkpointing
+    makes those of one layer again.
     """
     prompts = -(-config.micro_batch // config.group_size)  # each stands once for its group
     tokens = config.micro_batch * config.max_new_tokens + prompts * config.max_prompt_tokens
     stream = 4 if config.precision == "bf16" and not config.adapter_rank else width
     layer = tokens * width * (8 * sizes["hidden"] + 2 * sizes["heads"] + 4 * sizes["inner"])
+    if config.adapter_rank:  # which read their inputs in fp32
+        layer += tokens * 4 * (6 * sizes["hidden"] + sizes["inner"])
     kept = tokens * sizes["hidden"] * stream * sizes["layers"]
-    activations = kept + (layer if config.gradient_checkpointing else layer * sizes["layers"])
     head = 0 if config.adapter_rank else sizes["head"] * width
-    return activations + 3 * 4 * LOGITS_AT_A_TIME[device] + head
+    pieces = 3 * 4 * LOGITS_AT_A_TIME[device] + head
+    if config.gradient_checkpointing:
+        return kept + max(copies, layer + pieces)
+    return kept + copies + layer * sizes["layers"] + pieces
 
 
 def peak(parts: dict[str, float]) -> float:
     """What stays, and the larger one of rollout and update."""
-    staying = sum(parts[name] for name in ("weights", "training", "copies", "reference"))
+    staying = sum(parts[name] for name in ("weights", "optimizer", "sampler", "reference"))
     return staying + max(parts["rollout"], parts["update"])
 
 
@@ -175,7 +193,7 @@ def tables() -> list[str]:
             card = next((str(card) for card in CARDS if 0.92 * card >= total), "none of these")
             cells.append([name, each.words, *(f"{value:.1f}" for value in parts.values())])
             cells[-1] += [f"**{total:.1f}**", card]
-    head = ["model", "what is trained", "weights", "training", "copies", "reference", "rollout"]
+    head = ["model", "what is trained", "weights", "optimizer", "sampler", "reference", "rollout"]
     return table([*head, "update", "peak, GB", "card, GB"], cells)
 
 

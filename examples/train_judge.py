@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
 
@@ -129,6 +130,7 @@ def main(argv: list[str]) -> None:
         if len({right for _, _, right in found}) < 2:
             raise UserError(f"All answers ({name}) are right, or all wrong; take other questions.")
     folder, _held = new_run_dir(config)
+    transformers.utils.logging.set_verbosity_error()  # that the head is new is no news here
     model = AutoModelForSequenceClassification.from_pretrained(
         resolve_path(config.model), num_labels=1, dtype=torch.float32, use_safetensors=True
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -35,7 +36,11 @@ PLAIN = {
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out"),
     *("lora_dropout", "bias", "init_lora_weights"),
-    *("megatron_core", "qalora_group_size"),  # which have a value although nothing uses it
+    *(
+        "megatron_core",
+        "qalora_group_size",
+        "auto_mapping",
+    ),  # which have a value although nothing uses it
 }
 PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
 
@@ -79,13 +84,25 @@ def read_adapter(folder: str) -> dict[str, Any] | None:
             "can be trained here; merge it into its base model first (peft: merge_and_unload, then "
             "save_pretrained)."
         )
-    gone = isinstance(base, str) and os.path.isabs(base) and not os.path.isdir(base)
-    if not isinstance(base, str) or not base or gone:
+    if isinstance(base, str) and os.path.isabs(base) and not os.path.isdir(base):
+        base = base_of_run(file.parent)
+    if not isinstance(base, str) or not base:
         raise UserError(
-            f"{folder} holds an adapter, and its base model {base!r} is not there; write the place "
-            "of the base model into its adapter_config.json, as base_model_name_or_path."
+            f"{folder} holds an adapter, and its base model "
+            f"{found['base_model_name_or_path']!r} is not there; put the model in that place again."
         )
-    return found
+    return found | {"base_model_name_or_path": base}
+
+
+def base_of_run(folder: Path) -> str | None:
+    """The model that the run of an adapter began with, if it is here: projects move."""
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        place = Path(resolve_path(saved["model"]))
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return None
+    whole = (place / "config.json").is_file() and not (place / "adapter_config.json").is_file()
+    return str(place.resolve()) if whole else None
 
 
 def adapter_options(model: str) -> dict[str, Any]:
@@ -125,11 +142,25 @@ def add_adapter(model: nn.Module, config: Config) -> None:
             f"--adapter_targets {' '.join(targets)} cannot be adapted ({reason}); give names of "
             "linear layers, such as q_proj v_proj, or all-linear."
         ) from error
+    adapted = peft_layers(model)
+    for name in () if targets == ["all-linear"] else targets:
+        if not any(layer == name or layer.endswith(f".{name}") for layer in adapted):
+            raise UserError(
+                f"--adapter_targets {' '.join(targets)}: no layer is called {name}; leave it out, "
+                "or give all-linear alone."
+            )
     settings.target_modules = in_order(settings.target_modules)
     # A path from where the run began would be of no use elsewhere.
     place = Path(resolve_path(config.model))
     settings.base_model_name_or_path = str(place.resolve()) if place.is_dir() else config.model
     finish_adapter(model)
+
+
+def peft_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that have adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
 def load_adapter(model: nn.Module, folder: str) -> None:
@@ -148,7 +179,7 @@ def load_adapter(model: nn.Module, folder: str) -> None:
         saved = load_file(place / "adapter_model.safetensors")
         settings = peft.LoraConfig.from_pretrained(str(place))
         settings.inference_mode = False
-        base = settings.base_model_name_or_path
+        base = read_adapter(folder)["base_model_name_or_path"]
         model.add_adapter(settings)
     except Exception as error:  # peft and safetensors raise many kinds for a damaged file
         raise UserError(

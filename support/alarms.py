@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from support.config import Config
+
 Rows = Sequence[dict[str, float]]  # metrics by name, step after step, the last one is now
 
 LONGEST = 200  # steps that are remembered
@@ -75,14 +77,17 @@ def before_and_now(values: list[float]) -> tuple[float, float]:
 
 
 def has_collapsed(tokens: list[float], entropy: list[float], success: list[float]) -> bool:
-    """Tokens have fallen to half, or entropy to a quarter, and success has not risen by 0.05."""
+    """Tokens have fallen to half, or entropy to a quarter, and success has not risen by 0.05.
+
+    From 0.9 on it cannot rise much, and a policy that is sure is one that has learned.
+    """
     if len(tokens) < 3:
         return False
     (tokens_before, tokens_now), (entropy_before, entropy_now), (before, now) = map(
         before_and_now, (tokens, entropy, success)
     )
     shorter, surer = tokens_now < tokens_before / 2, entropy_now < entropy_before / 4
-    return now < before + 0.05 and (shorter or surer)
+    return now < min(0.9, before + 0.05) and (shorter or surer)
 
 
 def has_form_without_content(form: list[float], success: list[float]) -> bool:
@@ -162,7 +167,7 @@ ALARMS = {
     "reasoning_collapses": Alarm(
         "rollout/completion_tokens",
         "mean of 2 steps below half of that of up to 20 steps before (or entropy below a quarter), "
-        "and success not 0.05 higher",
+        "and success not 0.05 higher, nor above 0.9",
         has_collapsed,
         "Length or entropy of the completions falls fast, and no more of them are right: begin "
         "again. If more than accuracy is rewarded, a part of the reward is earned without an "
@@ -231,17 +236,19 @@ ALARMS = {
 }
 
 
-def alarms_for(ratio_level: str, top_p: float) -> dict[str, Alarm]:
-    """The alarms that mean something under an objective and a sampler.
+def alarms_for(ratio_level: str, config: Config) -> dict[str, Alarm]:
+    """The alarms that mean something under an objective, a sampler and rewards.
 
     A sequence's ratio has a clip so narrow that most are clipped by design (gspo, luspo); a nucleus
-    is a known gap.
+    is a known gap; and who pays for short completions gets them.
     """
     without = set()
     if ratio_level != "token":
         without.add("clipped")
-    if top_p < 1:
+    if config.top_p < 1:
         without.add("sampler")
+    if "length_penalty" in config.reward:
+        without.add("reasoning_collapses")
     return {name: alarm for name, alarm in ALARMS.items() if name not in without}
 
 

@@ -103,7 +103,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def find_model(folder: str) -> str:
     """`folder`, or its newest checkpoint if it is a run's; UserError if there is no whole one."""
     found = checkpoints(Path(folder))
-    known = ("config.yaml", "config.json", SUMS)
+    known = ("config.yaml", "config.json", "adapter_config.json", SUMS)
     there = [name for name in known if Path(folder, name).is_file()]
     if not found and there == ["config.yaml"]:
         raise UserError(

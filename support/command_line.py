@@ -115,10 +115,10 @@ def parse_config(
         given["run_dir"] = resume
     settings = read_settings(given, resume)
     flags = {name: value for name, value in given.items() if name in CONFIG_FIELDS}
-    settings |= adapter_settings(settings, flags)
+    settings |= adapter_settings(settings, flags) | smaller_batch(settings, flags)
     config = Config(**{**settings, **flags})
     for name in flags if resume else ():
-        check_change(resume, name, settings.get(name, flags[name]), flags[name])
+        check_change(resume, name, settings.get(name, flags[name]), getattr(config, name))
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
 
 
@@ -246,6 +246,15 @@ def read_settings(given: dict[str, Any], resume: str | None) -> dict[str, Any]:
     return {**settings, "preset": preset}
 
 
+def smaller_batch(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer step of a preset, where flags make the rollout smaller than it."""
+    names = ("rollouts_per_step", "group_size", "train_batch_size")
+    sizes = [{**settings, **flags}.get(name, getattr(Config, name)) for name in names]
+    if "train_batch_size" in flags or not flags.keys() & set(names) or sizes[0] * sizes[1] < 1:
+        return {}
+    return {"train_batch_size": min(sizes[0] * sizes[1], sizes[2])}
+
+
 def adapter_settings(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """What a model that is the folder of an adapter decides; and the learning rate of adapters.
 
@@ -255,9 +264,8 @@ def adapter_settings(settings: dict[str, Any], flags: dict[str, Any]) -> dict[st
     model = flags.get("model", settings.get("model", ""))
     check_text(model, "--model", path=True)
     found = adapter_options(model) if model else {}
-    saved = Path(resolve_path(model), "config.yaml")
-    if found and is_of_a_run(saved):  # whose adapter is trained beside weights in 4 bits, or not
-        found["quantize"] = read_config_file(saved).get("quantize", "none")
+    if found and is_of_a_run(Path(resolve_path(model), "config.yaml")):
+        found["quantize"] = quantize_of(model)
     for name in found.keys() & flags.keys():
         if flags[name] != found[name]:
             raise UserError(
@@ -270,6 +278,12 @@ def adapter_settings(settings: dict[str, Any], flags: dict[str, Any]) -> dict[st
         lr = settings.get("lr", Config.lr)
         found["lr"] = float(f"{lr * 10 if after else lr / 10:.12g}")
     return found
+
+
+def quantize_of(model: str) -> str:
+    """Whether the model of a run was trained beside weights in 4 bits."""
+    saved = Path(resolve_path(model), "config.yaml")
+    return read_config_file(saved).get("quantize", "none") if is_of_a_run(saved) else "none"
 
 
 def shown(value: Any) -> str:
@@ -341,9 +355,12 @@ def parse_run_config(
         run = quoted(others["resume"])
         raise UserError(f"--resume is train.py's; to look at a run say --model {run}.")
     folder = find_model(config.model)
+    argv = [*argv, f"--model={folder}"]  # the last one counts; an adapter has settings of its own
     saved = Path(folder, "config.yaml")
     others["base"] = others.get("base")
     if is_of_a_run(saved) and not any(a.startswith(("--config", "--preset")) for a in argv):
         others["base"] = others["base"] or parse_config(["--config", str(saved)])[0].model
         config, _ = parse_config(["--config", str(saved), *argv], description, choices, **extra)
-    return Config(**{**vars(config), "model": folder}), others
+    else:
+        config, _ = parse_config(argv, description, choices, of_run=True, **extra)
+    return config, others

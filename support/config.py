@@ -404,9 +404,9 @@ class Config:
         if self.quantize != "none" and not self.adapter_rank:
             raise UserError(
                 "--quantize 4bit freezes the weights, so nothing would be trained; give "
-                "--adapter_rank 16 too."
+                "--adapter_rank 16, or --quantize none."
             )
-        if not self.adapter_targets:
+        if not all(self.adapter_targets) or not self.adapter_targets:
             raise UserError("--adapter_targets is empty; name a layer, or leave it out.")
         for name in self.adapter_targets:
             check_text(name, "--adapter_targets")

@@ -240,10 +240,10 @@ def of_rollout(groups: list[Any], seconds: float) -> Metrics:
 def copies_of_examples(group: Any) -> list[bool]:
     """Whether each completion repeats an example of its prompt, spaces aside; [] without examples.
 
-    A number between tags is an answer like others.
+    What stands in an <answer> tag, or a number in another one, is an answer like others.
     """
     question = group.question
-    found = [match for match in EXAMPLE.finditer(question.prompt) if has_letter(match[2])]
+    found = [m for m in EXAMPLE.finditer(question.prompt) if m[1] != "answer" and has_letter(m[2])]
     examples = {"".join(match[0].split()) for match in found}
     texts = ["".join((question.opened + c.text).split()) for c in group.completions]
     return [any(each in text for each in examples) for text in texts] if examples else []

@@ -194,6 +194,10 @@ def read_model(name: str, dtype: torch.dtype, quantize: str = "none") -> nn.Modu
             **quantization(quantize, dtype),
         )
         check_weights(name, found)
+        if has_adapter(model):  # transformers has found one on the hub, and put it in
+            raise UserError(
+                f"{name} holds an adapter; download it into a folder, and give the folder."
+            )
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for a damaged file

@@ -69,14 +69,17 @@ class Monitor:
         self.writer: SummaryWriter | None = None
         self.alarms = alarms or {}
         self.charted, self.laid_out = set(SOMETIMES), False  # the charts of this run's metrics
-        self.rows: deque[dict[str, float]] = deque(maxlen=LONGEST)  # what the alarms remember
+        # What the alarms remember: the last steps, and all evaluations before them.
+        self.rows: deque[dict[str, float]] = deque()
+        self.evaluated: list[dict[str, float]] = []
 
     def open(self, run_dir: Path, start_step: int = 0) -> None:
         """Open the run's logs; what a resumed run had written after `start_step` is taken back."""
         self.file = run_dir / "metrics.jsonl"
         # A run that starts again from nothing evaluates at step 0 again.
         first = start_step + 1 if start_step else 0
-        self.rows.extend(keep_before(self.file, first))
+        for row in keep_before(self.file, first):
+            self.remember(row)
         for events in sorted(run_dir.glob("events.out.tfevents.*")):
             keep_events_before(events, first)
         threading.excepthook = ignore_full_disk
@@ -170,11 +173,19 @@ class Monitor:
 
     def watch(self, row: dict[str, float]) -> list[str]:
         """Note in the step's metrics which alarms are on; returns those that were not lately."""
-        on = active_alarms(self.alarms, [*self.rows, row])
+        on = active_alarms(self.alarms, [*self.evaluated, *self.rows, row])
         lately = {name for past in list(self.rows)[-QUIET:] for name in past}
         row |= {f"alarm/{name}": 1.0 for name in on} | {"rollout/alarms": float(len(on))}
-        self.rows.append(row)
+        self.remember(row)
         return [name for name in on if f"alarm/{name}" not in lately]
+
+    def remember(self, row: dict[str, float]) -> None:
+        """Keep a step's metrics for the alarms; of a step long ago, its evaluation alone."""
+        self.rows.append(row)
+        if len(self.rows) > LONGEST:
+            old = self.rows.popleft()
+            held_out = {name: value for name, value in old.items() if name.startswith("eval/")}
+            self.evaluated += [held_out] if held_out else []
 
     def close(self) -> None:
         """Close the logs; if the disk is full, that has been said already."""

@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 import time
@@ -114,7 +115,10 @@ def load_rewards(
     for given in names:
         file, colon, function = given.rpartition(":")
         kind, _, judge = given.partition(":")
-        if kind == "model" and judge:
+        if kind == "model":
+            if not judge:
+                raise UserError("--reward model: lacks a name; write model:FOLDER or a hub name.")
+            judge = os.path.expanduser(judge)
             name = Path(judge).name
             rewards[name] = UserReward(RewardModel(judge, device), name, takes_messages=True)
         elif colon:

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import BARE, metrics
+from conftest import BARE, ROOT, metrics
 from safetensors.torch import load_file
 from steps import build, copy_of, fill, learn, sample, shared_run
 from transformers import AutoModelForCausalLM
@@ -317,6 +317,12 @@ def test_evaluate_and_run_load_as_the_training_did(monkeypatch, capsys):
     assert [hasattr(model, "peft_config") for model in loaded] == [True, False, True]
     assert all(model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8 for model in loaded)
     assert "on 3 held-out questions" in capsys.readouterr().out
+    evaluate.main([f"--model={folder}", "--eval_questions=3", "--preset=tiny", "--device=cpu"])
+    assert loaded[-1].model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    run.main([f"--model={folder}", "--base=tiny/model", "--question=1+1?"])
+    assert loaded[-2].model.layers[0].mlp.up_proj.weight.dtype != torch.uint8, "as it is"
+    with pytest.raises(SystemExit):
+        evaluate.main([f"--model={folder}", "--quantize=none"])
 
 
 @pytest.mark.parametrize("flags", [[], ["--quantize=4bit"]], ids=["plain", "4 bits"])
@@ -333,6 +339,40 @@ def test_a_merged_model_computes_the_same(tmp_path, flags):
     assert (logits(merged) - logits(load_model("tiny/model", "fp32"))).abs().max() > 1e-3
     config, _ = parse_config([f"--config={new / 'config.yaml'}"])
     assert (config.adapter_rank, config.quantize, config.model) == (0, "none", "tiny/model")
+    assert config.lr == 3e-5, "of all weights again"
+
+
+def test_a_chain_of_adapters_is_merged_into_one_model(tmp_path, few_questions):
+    """An adapter that was begun with another one: the config that is written names the base of both."""
+    first = shared_run("--adapter_rank=4", "--quantize=4bit") / "checkpoint-2"
+    folder = shared_run("--adapter_rank=4", f"--model={first}", "--lr=1e-4")
+    merge.main([f"--model={folder}", f"--output={tmp_path / 'new'}"])
+    config, _ = parse_config([f"--config={tmp_path / 'new' / 'config.yaml'}"])
+    assert (config.adapter_rank, config.quantize, config.lr) == (0, "none", 1e-5)
+    assert config.model == str((ROOT / "tiny" / "model").resolve())
+
+
+def test_nothing_is_rounded_where_nothing_is_known(tmp_path):
+    """An adapter without a config of ours is merged in fp32."""
+    adapted().save_pretrained(tmp_path / "other")
+    file = tmp_path / "other" / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "tiny/model"}
+    file.write_text(json.dumps(settings))
+    merge.main([f"--model={tmp_path / 'other'}", f"--output={tmp_path / 'new'}", "--device=cpu"])
+    merged = logits(load_model(str(tmp_path / "new"), "fp32"))
+    assert (merged - logits(load_model(str(tmp_path / "other"), "fp32"))).abs().max() < 1e-4
+
+
+def test_a_project_may_move(tmp_path):
+    """The base model is found again through the run's config, where adapter_config.json has an old place."""
+    folder = copy_of(shared_run("--adapter_rank=4"), tmp_path / "run") / "checkpoint-2"
+    before, file = logits(load_model(str(folder), "fp32")), folder / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "/nowhere/at/all"}
+    file.write_text(json.dumps(settings))
+    assert torch.equal(logits(load_model(str(folder), "fp32")), before)
+    (folder / "config.yaml").write_text("model: /nowhere/either\n")
+    with pytest.raises(UserError, match="'/nowhere/at/all' is not there; put the model in that"):
+        load_model(str(folder), "fp32")
 
 
 def test_training_goes_on_from_an_adapter(tmp_path, few_questions, capsys):
@@ -378,6 +418,8 @@ def test_training_goes_on_from_an_adapter(tmp_path, few_questions, capsys):
         UserError, match="holds an adapter with --adapter_rank 3, and goes on with it"
     ):
         parse_config([f"--model={start}", "--adapter_rank=8"])
+    evaluate.main([f"--model={start}", "--eval_questions=2"])
+    assert "on 2 held-out questions" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- what is refused
@@ -456,6 +498,8 @@ def test_the_share_that_is_adapted_is_printed(capsys, quantize):
         (["input_layernorm"], "cannot be adapted"),
         (["lm_head", "q_proj"], "beside the embeddings or the head are not supported"),
         (["embed_tokens"], "beside the embeddings or the head are not supported"),
+        (["q_proj", "v_porj"], "q_proj v_porj: no layer is called v_porj"),
+        (["all-linear", "q_proj"], "no layer is called all-linear"),
     ],
 )
 def test_layers_that_cannot_be_adapted(targets, says):
@@ -540,7 +584,7 @@ def test_a_missing_package_is_named(monkeypatch, package, changes, says):
     [
         (
             ["--quantize=4bit"],
-            "freezes the weights, so nothing would be trained; give --adapter_rank 16 too",
+            "freezes the weights, so nothing would be trained; give --adapter_rank 16, or --quantize none",
         ),
         (["--quantize=8bit", "--adapter_rank=4"], "8bit"),
         (["--adapter_rank=-1"], "--adapter_rank is -1; it must be 0 or more"),

@@ -113,6 +113,27 @@ def test_precision_auto_is_what_the_machine_multiplies_fast(monkeypatch, found, 
     assert Config(precision="fp32").precision == "fp32"
 
 
+def test_a_resumed_run_may_ask_for_auto_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    parse_config(["--preset=laptop", "--device=cpu"])[0].save(tmp_path / "config.yaml")
+    again = ["--resume", str(tmp_path), "--precision"]
+    assert parse_config([*again, "auto"])[0].precision == "fp32"
+    assert capsys.readouterr().out == "", "it is what it was"
+    parse_config([*again, "bf16"])
+    assert "changed on resume: precision from fp32 to bf16" in capsys.readouterr().out
+
+
+def test_a_smaller_rollout_makes_a_smaller_optimizer_step():
+    """Unless a size was asked for, which then does not fit."""
+    assert parse_config(["--group_size=2"])[0].train_batch_size == 64
+    assert parse_config(["--rollouts_per_step=4"])[0].train_batch_size == 48
+    assert parse_config(["--group_size=24"])[0].train_batch_size == 96
+    with pytest.raises(UserError, match="train_batch_size 96 is larger than the 64 sequences"):
+        parse_config(["--group_size=2", "--train_batch_size=96"])
+    with pytest.raises(UserError, match="--group_size is 0"):
+        parse_config(["--group_size=0"])
+
+
 def test_a_saved_config_runs_again(tmp_path):
     config, _ = parse_config(
         ["--preset", "tiny", "--lr", "3e-5", "--clip_eps_high", "0.3", "--run_dir", "runs/x"]

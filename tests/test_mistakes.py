@@ -228,7 +228,10 @@ NAMES: list[Bad] = [
     ([""], "I do not know what to do with ''"),
     ("--no_gradient_checkpointing x", "I do not know what to do with 'x'"),
     ("--preset tinny", "There is no preset 'tinny'; did you mean tiny?"),
-    ("--preset ''", "There is no preset ''; choose one of: gsm8k, gsm8k-24gb, gsm8k-7b-24gb, gsm8k-zh, tutorial, laptop, tiny."),
+    (
+        "--preset ''",
+        "There is no preset ''; choose one of: gsm8k, gsm8k-24gb, gsm8k-7b-24gb, gsm8k-zh, tutorial, laptop, tiny.",
+    ),
     ("--preset", "--preset: expected one argument"),
     ("--objective grop", "There is no objective 'grop'; did you mean grpo?"),
     ("--objective GRPO", "did you mean grpo?"),

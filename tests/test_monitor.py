@@ -70,6 +70,11 @@ def test_a_copied_example_is_noticed_and_an_answer_is_not():
     said = "<think> 4 pens and 12 </think>", "<think>8</think> <answer>16</answer>"
     assert copies(worked, *said) == [True, False], "the example's number may be the answer"
     assert copies("<think> 推理过程 </think>", "<think>推理过程</think>") == [True]
+    letters = "<answer>A</answer> or <answer>yes</answer>, <think> so </think>"
+    assert (
+        copies(letters, "<think>2</think> <answer>A</answer>", "<answer>yes</answer>")
+        == [False] * 2
+    )
     assert copies("No tags, or one: <think>", "<think>") == [], "nothing to copy, no metric"
 
 
