@@ -102,13 +102,13 @@ def main(argv: list[str]) -> None:
         questions = [Question(others["question"], "", "")]
     else:
         questions = held_out_questions(config, load_tokenizer(config.model))[:3]
-    names = [find_model(others["base"])] if others["base"] else []
-    names.append(config.model)
-    # The model that a run started from is loaded as in the run; one that was chosen, as its own.
-    chosen = any(word.startswith("--base") for word in argv)
-    kinds = [quantize_of(names[0]) if chosen else config.quantize, config.quantize][-len(names) :]
-    pairs = zip(names, kinds, strict=True)
-    columns = [greedy_answers(name, questions, config, kind) for name, kind in pairs]
+    models = [(config.model, config.quantize)]
+    if others["base"]:
+        # What a run started from is loaded as in the run; a model that was chosen, as its own.
+        base, chosen = find_model(others["base"]), any(a.startswith("--base") for a in argv)
+        models.insert(0, (base, quantize_of(base) if chosen else config.quantize))
+    names = [name for name, _ in models]
+    columns = [greedy_answers(name, questions, config, kind) for name, kind in models]
     width = shutil.get_terminal_size((120, 24)).columns
     for question, *completions in zip(questions, *columns, strict=True):
         print("\n" + textwrap.fill(question.question, width) + "\n")

@@ -42,6 +42,7 @@ from support.reward_model import RewardModel  # noqa: E402
 HELD_OUT = 0.1  # of the questions: the judge is tried on answers to them
 
 Answer = tuple[Question, str, bool]  # a question, what was answered, and whether it is right
+Read = tuple[list[int], bool]  # the same, as the judge reads it
 
 
 def collect(config: Config, tokenizer: Any, questions: list[Question]) -> list[Answer]:
@@ -65,30 +66,27 @@ def collect(config: Config, tokenizer: Any, questions: list[Question]) -> list[A
     return answers
 
 
-def logits(judge: RewardModel, answers: list[Answer]) -> torch.Tensor:
-    """The judge's numbers for answers, with a gradient, float32 (N,)."""
+def read(judge: RewardModel, answers: list[Answer], config: Config) -> list[Read]:
+    """The answers as the judge will be given them in training: with the system prompt."""
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     chats = [
-        [{"role": "user", "content": q.question}, {"role": "assistant", "content": text}]
+        [*system, {"role": "user", "content": q.question}, {"role": "assistant", "content": text}]
         for q, text, _ in answers
     ]
-    texts = judge.tokenizer.apply_chat_template(chats, tokenize=False)
-    given = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
-    inputs = judge.tokenizer(texts, add_special_tokens=False, **given).to(judge.judge.device)
-    inputs.pop("token_type_ids", None)
-    return judge.judge(**inputs).logits[:, 0].float()
+    return list(zip(judge.tokens(chats), (right for _, _, right in answers), strict=True))
 
 
-def fit(judge: RewardModel, answers: list[Answer], config: Config) -> None:
+def fit(judge: RewardModel, answers: list[Read], config: Config) -> None:
     """`config.steps` optimizer steps on batches with as many right as wrong answers."""
     judge.judge.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(judge.judge.parameters(), lr=config.lr, weight_decay=0.01)
-    kinds = [[a for a in answers if a[2] is kind] for kind in (True, False)]
+    kinds = [[a for a in answers if a[1] is kind] for kind in (True, False)]
     chance, half = random.Random(config.seed), config.train_batch_size // 2
     bar = progress(range(config.steps), "judge")
     for step in bar:
         batch = [each for kind in kinds for each in chance.choices(kind, k=half)]
-        truth = torch.tensor([float(right) for _, _, right in batch])
-        found = logits(judge, batch)
+        truth = torch.tensor([float(right) for _, right in batch])
+        found = judge.logits([ids for ids, _ in batch])
         loss = binary_cross_entropy_with_logits(found, truth.to(found.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.judge.parameters(), config.max_norm)
@@ -101,18 +99,12 @@ def fit(judge: RewardModel, answers: list[Answer], config: Config) -> None:
     judge.judge.eval()
 
 
-@torch.no_grad()
-def try_out(judge: RewardModel, answers: list[Answer]) -> tuple[float, float]:
-    """How often it ranks a right answer above a wrong one (the area under the curve), and the base.
-
-    The base is the share of right answers.
-    """
-    scores = torch.cat([logits(judge, answers[i : i + 64]) for i in range(0, len(answers), 64)])
-    right = torch.tensor([kind for _, _, kind in answers])
-    above = scores.cpu()[right][:, None] - scores.cpu()[~right][None, :]
-    return float((above > 0).float().mean() + (above == 0).float().mean() / 2), float(
-        right.float().mean()
-    )
+def try_out(judge: RewardModel, answers: list[Read]) -> float:
+    """How often it ranks a right answer above a wrong one: the area under the curve."""
+    scores = torch.tensor(judge.scores([ids for ids, _ in answers], 64))
+    right = torch.tensor([kind for _, kind in answers])
+    above = scores[right][:, None] - scores[~right][None, :]
+    return float((above > 0).float().mean() + (above == 0).float().mean() / 2)
 
 
 @command
@@ -137,8 +129,9 @@ def main(argv: list[str]) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     judge = RewardModel(str(folder), build_accelerator(config).device)
-    fit(judge, known, config)
-    area, share = try_out(judge, new)
+    fit(judge, read(judge, known, config), config)
+    area = try_out(judge, read(judge, new, config))
+    share = sum(right for _, _, right in known) / len(known)
     judge.judge.save_pretrained(folder)
     print(
         f"{len(known)} answers, {share:.0%} of them right; a right answer to a new question is "

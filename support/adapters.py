@@ -36,11 +36,8 @@ PLAIN = {
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out"),
     *("lora_dropout", "bias", "init_lora_weights"),
-    *(
-        "megatron_core",
-        "qalora_group_size",
-        "auto_mapping",
-    ),  # which have a value although nothing uses it
+    # These have a value although nothing uses it.
+    *("megatron_core", "qalora_group_size", "auto_mapping"),
 }
 PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
 

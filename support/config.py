@@ -494,11 +494,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 5e-6,
         "warmup_steps": 0,
     },
-    # A pretrained model on a CPU with 16 GB, in less than an hour: few and short completions, one
-    # optimizer step for each rollout, and no KL, so no reference. Each choice is a row of
-    # results/defaults.md.
+    # A pretrained model on a CPU, in half an hour at most: few and short completions, one optimizer
+    # step for each rollout, and no KL, so no reference. What it does is in results/defaults.md.
     "laptop": {
-        "steps": 24,
+        "steps": 18,
         "device": "auto",
         "precision": "auto",
         "gradient_checkpointing": False,

@@ -40,11 +40,7 @@ class RewardModel:
 
         None for a text that is longer than the judge can read, and where it computes no number.
         """
-        chats = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-        if not self.takes_system:
-            chats = [without_system(chat) for chat in chats]
-        texts = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has them
+        ids = self.tokens([[*p, *c] for p, c in zip(prompts, completions, strict=True)])
         readable = [i for i, row in enumerate(ids) if 0 < len(row) <= self.longest]
         readable.sort(key=lambda i: len(ids[i]))  # neighbours are of similar length
         scores: list[float | None] = [None] * len(ids)
@@ -53,16 +49,24 @@ class RewardModel:
             scores[i] = value if math.isfinite(value) else None
         return scores
 
+    def tokens(self, chats: list[list[dict]]) -> list[list[int]]:
+        """Chats as the judge reads them: in its own template, which writes the special tokens."""
+        if not self.takes_system:
+            chats = [without_system(chat) for chat in chats]
+        texts = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def logits(self, rows: list[list[int]]) -> torch.Tensor:
+        """The judge's number for each row of tokens, padded on the right, float32 (N,)."""
+        inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        return self.judge(**inputs.to(self.judge.device)).logits[:, 0].float()
+
     @torch.no_grad()
     def scores(self, ids: list[list[int]], size: int) -> list[float]:
-        """The judge's numbers for rows of tokens, `size` rows at a time, padded on the right."""
+        """The judge's numbers for rows of tokens, `size` rows at a time."""
         found = []
-        for rows in (ids[i : i + size] for i in range(0, len(ids), size)):
-            inputs = self.tokenizer.pad(
-                {"input_ids": rows}, padding_side="right", return_tensors="pt"
-            )
-            logits = self.judge(**inputs.to(self.judge.device)).logits
-            found += logits[:, 0].float().tolist()
+        for start in range(0, len(ids), size):
+            found += self.logits(ids[start : start + size]).tolist()
         return found
 
 
