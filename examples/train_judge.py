@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import set_seed
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
 
@@ -113,6 +114,7 @@ def main(argv: list[str]) -> None:
     config, others = parse_config(argv, __doc__, NAMES)
     if others["resume"]:
         raise UserError("A judge cannot be resumed: start again, in another --run_dir.")
+    set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     questions = training_questions(config, tokenizer)
     held_out = int(HELD_OUT * len(questions))
