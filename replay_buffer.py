@@ -28,6 +28,7 @@ class Experience:
     action_mask: Tensor  # bool, (B, C): true for sampled tokens, the end token included
     returns: Tensor | None = None  # float32, (B,): the reward of the completion
     advantages: Tensor | None = None  # float32, (B,): the return compared with its group
+    token_weight: Tensor | None = None  # float32, (B,): of each of its tokens in the loss
     # Log-probabilities of the sampled tokens, float32 (B, C), as computed by ...
     action_log_probs: Tensor | None = None  # the policy before its update; None: not yet updated
     log_probs_ref: Tensor | None = None  # the frozen reference; None: no KL

@@ -12,6 +12,7 @@ loaded, timed and, if it fails, reported, in support/user_rewards.py.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ import torch
 from rollout import Group
 from support.answers import find_answer, is_correct
 from support.config import Config
+from support.distributed import share_out
 from support.errors import UserError
-from support.user_rewards import RewardFunction, call_reward, reward_arguments
+from support.user_rewards import RewardFunction, ask_rewards
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 OVERLONG_SHARE = 0.2  # of max_new_tokens; DAPO's is 4096 of 20480
@@ -104,11 +106,9 @@ def score(groups: list[Group], rewards: dict[str, RewardFunction], config: Confi
     Raises:
         UserError: a function failed, took too long, or did not return finite numbers or Nones.
     """
-    arguments = reward_arguments(groups, config), config.reward_timeout
-    table = torch.stack([call_reward(*pair, *arguments) for pair in rewards.items()])  # (K, Q × G)
-    weighted = [w * row for w, row in zip(config.reward_weights, table, strict=True)]
-    scored = ~table.isnan().all(dim=0)
-    returns = torch.where(scored, torch.stack(weighted).nansum(dim=0), torch.nan)
+    table = torch.cat(share_out(groups, partial(ask_rewards, rewards, config)), dim=1)  # (K, Q × G)
+    weighted = torch.tensor(config.reward_weights).unsqueeze(-1) * table
+    returns = torch.where(table.isnan().all(dim=0), torch.nan, weighted.nansum(dim=0))
     if returns.isinf().any():
         raise UserError(
             "The weighted sum of the rewards is too large for float32; scale the rewards or their "

@@ -7,6 +7,7 @@ with no other filter unless --top_p asks for one: not by the model's own generat
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from replay_buffer import Experience
 from support import generation
 from support.data import Question
-from support.generation import Sampling
+from support.distributed import share_out
+from support.generation import Sampling, Seed, with_seeds
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ def rollout(
         questions: with their prompt_ids.
         progress: wraps the loop over batches (a progress bar).
     """
-    prompts = [question.prompt_ids for question in questions for _ in range(group_size)]
-    completions = iter(complete(model, tokenizer, prompts, sampling, progress))
+    prompts = with_seeds([q.prompt_ids for q in questions for _ in range(group_size)])
+    ask = partial(complete, model, tokenizer, sampling=sampling, progress=progress)
+    completions = iter(share_out(prompts, ask, together=group_size))
     return [Group(q, [next(completions) for _ in range(group_size)]) for q in questions]
 
 
@@ -68,11 +71,11 @@ def rollout(
 def complete(
     model: nn.Module,
     tokenizer: Any,
-    prompts: list[list[int]],
+    prompts: list[tuple[list[int], Seed]],
     sampling: Sampling,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Completion]:
-    """One completion for each prompt, a list of token ids, in order."""
+    """One completion for each prompt (token ids, with the seed of its random numbers), in order."""
     ends = generation.end_tokens(model, tokenizer)
     settings = generation.generation_config(sampling, ends, tokenizer)
     completions = []

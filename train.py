@@ -3,6 +3,7 @@
     python train.py                       Qwen2.5-0.5B-Instruct on GSM8K, on one CUDA GPU
     python train.py --preset tiny         the bundled model and task, on any machine, in a minute
     python train.py --resume runs/NAME    continue a run from its newest checkpoint
+    torchrun --nproc_per_node 4 train.py  on four GPUs: the same numbers, in less time
     python train.py --help                all options
 
 Read `train` first: its loop is algorithm 1 of the paper (DeepSeekMath, arXiv 2402.03300). Each step
@@ -36,6 +37,7 @@ from support.checkpoint import load_newest
 from support.command_line import parse_config
 from support.config import Config
 from support.data import Question, QuestionStream
+from support.distributed import add_up_gradients
 from support.errors import command
 from support.evaluation import held_out_questions
 from support.generation import Sampling
@@ -48,8 +50,6 @@ from support.prompts import training_questions
 from support.schedule import open_run, restore, save_finished_steps
 from support.shared_prompts import order_by_prompt
 from support.user_rewards import RewardFunction, check_columns, load_rewards
-
-Pairs = list[tuple[Experience, Tensor]]  # each with the weight of its tokens
 
 
 @dataclass
@@ -105,8 +105,8 @@ def train(trainer: Trainer, steps: Iterator[tuple[int, torch.Generator]]) -> Non
             advantages = trainer.loss.advantages(returns, rewards, config.reward_weights)
             monitor.add_all(metrics.of_advantages(returns, advantages))
             monitor.show_completions(groups, advantages, step, config.log_completions)
-            compared = (values.flatten()[trained] for values in (returns, advantages))
-            replay_buffer.fill(experiences, *compared)
+            chosen = returns.flatten()[trained], advantages.flatten()[trained]
+            replay_buffer.fill(experiences, *chosen)
 
         # Make the tokens of better completions likelier, those of worse ones less likely.
         size, epochs = config.train_batch_size, config.epochs_per_step
@@ -145,8 +145,8 @@ def add_log_probs(trainer: Trainer, groups: list[Group], trained: list[int]) -> 
         experiences = [experiences[i] for i in trained]
     with trainer.monitor.time("time/log_probs"):
         for policy, names in passes:
-            ask = partial(policy_pass, policy, names, experiences)
-            experiences = trainer.micro_batch.halve_on_oom(ask)
+            ask = partial(policy_pass, policy, names)
+            experiences = trainer.micro_batch.share_out(experiences, ask)
     return experiences
 
 
@@ -173,21 +173,21 @@ def update(trainer: Trainer, mini_batch: list[Experience]) -> None:
     have no gradient. A step whose loss or gradient is not finite is skipped.
     """
     policy, loss, monitor = trainer.policy, trainer.loss, trainer.monitor
-    lengths = [e.num_actions for e in mini_batch]
-    weights = loss.token_weights(lengths, trainer.config.max_new_tokens)
-    pairs = list(zip(mini_batch, weights, strict=True))
+    weights = loss.token_weights([e.num_actions for e in mini_batch], trainer.config.max_new_tokens)
+    items = [replace(e, token_weight=w) for e, w in zip(mini_batch, weights, strict=True)]
     if not loss.trains_zero_advantage:
-        pairs = [(e, weight) for e, weight in pairs if e.advantages != 0]
-    if not pairs:  # no step at all, not even one of momentum or weight decay
+        items = [e for e in items if e.advantages != 0]
+    if not items:  # no step at all, not even one of momentum or weight decay
         trainer.skipped = 0
         return
-    pairs = [pairs[i] for i in order_by_prompt([e for e, _ in pairs])]
+    items = [items[i] for i in order_by_prompt(items)]
     reference = trainer.reference if trainer.objective.needs_exact_kl else None
     policy.train()
-    add_up = partial(add_gradients, policy, reference, loss, pairs)  # of a size that fits
-    total, entropy, found = trainer.micro_batch.halve_on_oom(add_up)
+    found = trainer.micro_batch.share_out(items, partial(add_gradients, policy, reference, loss))
+    add_up_gradients(policy)
     policy.eval()
-    tokens = sum(e.num_actions for e, _ in pairs)
+    losses, entropies, found = zip(*found, strict=True)
+    total, entropy, tokens = sum(losses), sum(entropies), sum(e.num_actions for e in items)
     monitor.add_all(*found, {"train/entropy": (entropy, tokens)})
     grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), trainer.config.max_norm)
     finite = bool(torch.isfinite(total) & torch.isfinite(grad_norm))
@@ -203,26 +203,22 @@ def update(trainer: Trainer, mini_batch: list[Experience]) -> None:
 
 
 def add_gradients(
-    policy: Policy, reference: Policy | None, loss: GRPOLoss, pairs: Pairs, size: int
-) -> tuple[Tensor, Tensor, list[metrics.Metrics]]:
+    policy: Policy, reference: Policy | None, loss: GRPOLoss, items: list[Experience], size: int
+) -> list[tuple[Tensor, Tensor, metrics.Metrics]]:
     """Add up the gradients of micro-batches of `size`.
 
-    Returns the loss; the sum of the entropies of the tokens; the metrics of each micro-batch.
+    Returns of each: its share of the loss; the sum of the entropies of its tokens; its metrics.
     """
     policy.zero_grad()  # an attempt that was too large for the memory may have left a part
-    total, entropy = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
     found = []
-    for chosen in batches(pairs, size):
-        batch = pad_batch([e for e, _ in chosen])
-        weights = torch.stack([weight for _, weight in chosen]).to(policy.device)
+    for batch in map(pad_batch, batches(items, size)):
         log_probs, entropies, *exact_kl = policy(batch, reference)
         batch = batch.to(policy.device)
-        share, logged = loss(log_probs, batch, weights, entropies, *exact_kl)
+        share, logged = loss(log_probs, batch, batch.token_weight, entropies, *exact_kl)
         share.backward()
-        total += share.detach()
-        entropy += torch.where(batch.action_mask, entropies.detach(), 0.0).sum()
-        found.append(logged)
-    return total, entropy, found
+        entropy = torch.where(batch.action_mask, entropies.detach(), 0.0).sum()
+        found.append((share.detach(), entropy, logged))
+    return found
 
 
 def build(config: Config, resume: str | None) -> Trainer:

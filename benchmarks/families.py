@@ -58,7 +58,7 @@ from replay_buffer import Experience, pad_batch
 from rollout import complete
 from support.command_line import Parser
 from support.errors import check_choice, command
-from support.generation import Sampling
+from support.generation import Sampling, with_seeds
 from support.model import load_model, load_tokenizer
 from support.shared_prompts import share_prompts, shared_log_probs
 
@@ -255,7 +255,7 @@ def check_numbers(folder: Path) -> tuple[str, float]:
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [tokenizer(question)["input_ids"] for question in QUESTIONS for _ in range(2)]
     torch.manual_seed(0)
-    sampled = complete(model, tokenizer, prompts, Sampling(8, 0.8, batch_size=6))
+    sampled = complete(model, tokenizer, with_seeds(prompts), Sampling(8, 0.8, batch_size=6))
     rows = [(prompt, c.ids) for prompt, c in zip(prompts, sampled, strict=True)]
     expected = torch.cat([plain_log_probs(plain, *row, 0.8) for row in rows])
     drawn = torch.tensor([value for c in sampled for value in c.log_probs])
@@ -268,7 +268,7 @@ def check_numbers(folder: Path) -> tuple[str, float]:
             return "plain", max(gaps)
         found = log_probs(model, *arguments)[0][e.action_mask]
         gaps.append(largest_gap(f"log-probabilities, the {way} way,", found, expected))
-        greedy = complete(model, tokenizer, prompts, Sampling(6, 0.0))
+        greedy = complete(model, tokenizer, with_seeds(prompts), Sampling(6, 0.0))
         gaps += [check_greedy(plain, p, c.ids) for p, c in zip(prompts, greedy, strict=True)]
     return "fast", max(gaps)
 

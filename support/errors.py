@@ -47,6 +47,11 @@ def silence() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def is_first() -> bool:
+    """Whether this process speaks for those that a launcher (torchrun) has started with it."""
+    return os.environ.get("LOCAL_RANK") in (None, "", "0")
+
+
 def is_text(text: str) -> bool:
     """Whether text can be written as UTF-8: no half of a character (a lone surrogate) is in it."""
     try:
@@ -61,13 +66,16 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
+        if not is_first():
+            silence()
         if hasattr(sys.stdout, "reconfigure"):  # a console of ASCII shows ? where it has no letter
             sys.stdout.reconfigure(errors="replace")
         code = 0
         try:
             main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
-            print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+            if is_first():
+                print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

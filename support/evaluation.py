@@ -67,7 +67,8 @@ def evaluate(
         the eval/ metrics as (sum, count).
     """
     greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
-    answers = [group.completions[0] for group in sample(questions, 1, greedy, show)]
+    with torch.random.fork_rng():
+        answers = [group.completions[0] for group in sample(questions, 1, greedy, show)]
     n, pairs = len(questions), list(zip(answers, questions, strict=True))
     said = [(q.opened + a.text, q.reference, a.truncated) for a, q in pairs]
     strict, flexible = (sum(f(*one) for one in said) for f in (is_correct, is_correct_flexible))

@@ -2,8 +2,9 @@
 
 Nothing of it changes the distribution: softmax(logits / temperature), inside the nucleus top_p. A
 prompt is computed once, and its keys and values are repeated for its group. A token is drawn by
-inverting the cumulated distribution. Whenever half of a batch has ended, `generate` is called again
-for the others.
+inverting the cumulated distribution at a random number, which follows from the seed of its
+completion and from nothing else in the batch. Whenever half of a batch has ended, `generate` is
+called again for the others.
 """
 
 import inspect
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +31,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from support.errors import UserError
 from support.model import padded_inputs
+
+Seed = tuple[int, ...]
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are first added up together
 
@@ -51,20 +55,28 @@ class Sampling:
 
 
 def generate(
-    model: nn.Module, prompts: list[list[int]], sampling: Sampling, settings: GenerationConfig
+    model: nn.Module,
+    batch: list[tuple[list[int], Seed]],
+    sampling: Sampling,
+    settings: GenerationConfig,
 ) -> list[tuple[list[int], list[float]]]:
     """New tokens for each prompt of a batch, and the log-probability of each (none if greedy).
 
     After the first end token of a row stands anything. Each turn of the loop goes on where the turn
     before stopped, with the rows that have not ended.
+
+    Args:
+        batch: prompts, as token ids, with the seeds of their random numbers.
     """
+    prompts = [prompt for prompt, _ in batch]
+    numbers = random_numbers([seed for _, seed in batch], sampling).to(model.device)
     input_ids, attention_mask = pad_left(prompts, settings.pad_token_id, model.device)
     cache = prompt_cache(model, input_ids, attention_mask)
     tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
     rows, budget = list(range(len(prompts))), sampling.max_new_tokens
     while rows and budget:
         settings.max_new_tokens = budget
-        sampler = TokenSampler(sampling)
+        sampler = TokenSampler(sampling, numbers[rows, -budget:])
         half_done = StopWhenHalfDone(settings.eos_token_id, input_ids)
         with replaced_generation_config(model, settings):
             output = model.generate(
@@ -89,6 +101,21 @@ def generate(
             input_ids = output.sequences[going]
             attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=-1)[going]
     return list(zip(tokens, log_probs, strict=True))
+
+
+def with_seeds(prompts: list[list[int]]) -> list[tuple[list[int], Seed]]:
+    """Each prompt with the seed of its random numbers, another one for each, by torch's generator.
+
+    So what is drawn for a completion follows from its place in the rollout; batches do not matter.
+    """
+    seed = int(torch.randint(2**62, ()))
+    return [(prompt, (seed, place)) for place, prompt in enumerate(prompts)]
+
+
+def random_numbers(seeds: list[Seed], sampling: Sampling) -> Tensor:
+    """Numbers in [0, 1), one for each token of each completion: float64 (B, max_new_tokens)."""
+    rows = [np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -170,9 +197,13 @@ class TokenSampler(LogitsProcessor):
     multinomial makes one for each token of the vocabulary. It chooses among blocks of the
     vocabulary first and then inside one, in float64, so that the tail of a large vocabulary keeps
     its share.
+
+    Args:
+        numbers: float64 (B, new tokens), in [0, 1): where each draw falls.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, numbers: Tensor) -> None:
+        self.numbers = numbers
         self.greedy = sampling.temperature == 0
         self.warpers = LogitsProcessorList()  # in transformers' order
         if not self.greedy and sampling.temperature != 1:
@@ -190,7 +221,7 @@ class TokenSampler(LogitsProcessor):
         probs = scores.softmax(dim=-1)
         blocks = nn.functional.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
         sums = blocks.sum(dim=-1).double()
-        number = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        number = self.numbers[:, len(self.columns), None]
         block, rest = invert_cdf(sums, number * sums.sum(dim=-1, keepdim=True))
         inside = blocks.take_along_dim(block[..., None], dim=1)[:, 0].double()
         place, _ = invert_cdf(inside, rest)

@@ -1,10 +1,12 @@
 """Micro-batches that fit the GPU's memory: half the size where it is full, and the same numbers."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
+from support.distributed import share_out
 from support.errors import UserError
 from support.monitor import log_line
 
@@ -16,6 +18,13 @@ class MicroBatch:
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+    def share_out(
+        self, items: list[Any], work: Callable[[list[Any], int], list[Result]]
+    ) -> list[Result]:
+        """`work(items, size)` of experiences: each process does a part, in a size that fits it."""
+        tokens = [len(item.sequences) for item in items]
+        return share_out(items, lambda part: self.halve_on_oom(partial(work, part)), tokens)
 
     def halve_on_oom(self, work: Callable[[int], Result]) -> Result:
         """`work(size)`; where the memory is full, again from its beginning with half the size.

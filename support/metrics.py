@@ -5,6 +5,7 @@ name that is not explained here is refused.
 """
 
 import re
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from support.alarms import ALARMS
 from support.answers import is_correct
+from support.distributed import exchange
 
 Number = Tensor | float
 Metrics = dict[str, tuple[Number, Number]]  # name: (sum, count)
@@ -258,9 +260,13 @@ def of_rewards(groups: list[Any], functions: dict[str, Any]) -> Metrics:
     """Of scored groups: each reward by name, what it has logged, and the share of right answers."""
     found: Metrics = {}
     rewards = torch.cat([group.rewards for group in groups], dim=1)
-    for function in functions.values():
-        logged = getattr(function, "logged", {})
-        found |= {f"logged/{name}": (sum(each), len(each)) for name, each in logged.items()}
+    own = [getattr(function, "logged", {}) for function in functions.values()]
+    every: dict[str, list[float]] = {}
+    for logged in chain.from_iterable(exchange(lambda: own)):  # of all processes
+        for name, some in logged.items():
+            every.setdefault(f"logged/{name}", []).extend(some)
+    found |= {name: (sum(each), len(each)) for name, each in every.items()}
+    for logged in own:
         logged.clear()
     for name, values in zip(functions, rewards, strict=True):
         found |= spread(f"reward/{name}_mean", f"reward/{name}_std", values)

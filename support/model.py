@@ -26,6 +26,7 @@ from support.adapters import (
     read_adapter,
 )
 from support.config import PRESETS, Config, multiplies_bf16_fast, resolve_path
+from support.distributed import num_processes
 from support.errors import UserError
 from support.model_card import without_prompt
 
@@ -64,15 +65,25 @@ def chooses_mps(config: Config) -> bool:
 
 def check_environment() -> None:
     """UserError for what a launcher may have set, and what would change the training unseen."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) != num_processes():
         raise UserError(
-            f"This is one of {os.environ['WORLD_SIZE']} processes, and a run has one: start it "
-            "with python train.py, without torchrun or accelerate launch."
+            f"This is one of {os.environ['WORLD_SIZE']} processes, and only train.py works in "
+            "several: start it with python, without torchrun or accelerate launch."
         )
     wanted = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
     for name in (f"ACCELERATE_USE_{kind}" for kind in wanted):
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
-            raise UserError(f"{name} is set, and a run has one device; unset it.")
+            raise UserError(
+                f"{name} is set, and here every process has the whole model; unset it (for a model "
+                "that is larger than a GPU: --adapter_rank 16 --quantize 4bit, or to_verl.py)."
+            )
+    # `accelerate launch` says where the first of several processes is, and then may start just one.
+    alone = "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if alone and "MASTER_ADDR" in os.environ:
+        print(
+            "accelerate launch has started one process (on a CPU it does so whatever "
+            "--num_processes says); for several: torchrun --nproc_per_node N train.py"
+        )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError("ACCELERATE_DYNAMO_BACKEND is set, and models are not compiled; unset it.")
 

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from support.alarms import LONGEST, QUIET, Alarm, active_alarms
+from support.distributed import is_main
 from support.errors import UserError, silence
 from support.metrics import (
     GLOSSARY,
@@ -43,8 +44,10 @@ except ImportError:  # Windows
 
 
 def progress(items: Iterable, what: str, leave: bool = True) -> tqdm:
-    """A progress bar; silent where stderr is not a terminal."""
-    return tqdm(items, desc=what, leave=leave, disable=None, dynamic_ncols=True)
+    """A progress bar, of the first process; silent where stderr is not a terminal."""
+    return tqdm(
+        items, desc=what, leave=leave, disable=None if is_main() else True, dynamic_ncols=True
+    )
 
 
 def quiet_progress(what: str) -> Callable[[Iterable], tqdm]:
@@ -62,7 +65,10 @@ def log_line(text: str) -> None:
 
 
 class Monitor:
-    """Collects the metrics of a step, writes them out, and watches them with its alarms."""
+    """Collects the metrics of a step, writes them out, and watches them with its alarms.
+
+    Of several processes only the first one opens its monitor; the others collect, and forget.
+    """
 
     def __init__(self, alarms: dict[str, Alarm] | None = None) -> None:
         self.sums: dict[str, list] = {}
@@ -117,7 +123,8 @@ class Monitor:
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """A page of text in TensorBoard."""
-        self.writer.add_text(tag, markdown, step)
+        if self.writer is not None:
+            self.writer.add_text(tag, markdown, step)
 
     def show_completions(
         self, groups: list[Any], advantages: Tensor, step: int, count: int
@@ -150,6 +157,8 @@ class Monitor:
             if float(count)
         }
         self.sums.clear()
+        if self.writer is None:
+            return row
         new = self.watch(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")

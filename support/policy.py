@@ -109,7 +109,8 @@ def load_policies(
     if all(share_prompts(network, name, longest, log_probs, shared) for network in models):
         log_probs = shared
     settings = log_probs, config.temperature, log_probs is shared
-    policy = accelerator.prepare_model(Policy(model, *settings))
+    # No DistributedDataParallel: where there are several processes, support/distributed.py adds up.
+    policy = accelerator.prepare_model(Policy(model, *settings), evaluation_mode=True)
     if precision == "bf16" and not adapted:
         policy.copy_in_bf16(name)
     reference = None

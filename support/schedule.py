@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,16 @@ from accelerate.utils import set_seed
 
 from support import checkpoint
 from support.config import Config
+from support.distributed import (
+    SharedError,
+    check_equal,
+    in_any,
+    is_main,
+    num_processes,
+    on_main,
+    processes,
+    weight_sums,
+)
 from support.errors import UserError, quoted
 from support.evaluation import evaluate
 from support.model import chooses_mps, set_learning_rate
@@ -45,40 +55,64 @@ def open_run(
     Raises:
         UserError: the folder is in use, not empty, or cannot be written to; the run is finished.
     """
-    # Before its newest checkpoint is looked for.
-    held = checkpoint.lock(Path(resume)) if resume else None
-    run = build_on(config, resume, build)
-    if run.start_step >= config.steps:
-        raise UserError(
-            f"The run is already at step {run.start_step} of {config.steps}; raise --steps to go "
-            "on."
-        )
-    run.run_dir, held = (Path(resume), held) if resume else checkpoint.new_run_dir(config)
-    start = (
-        f"from step {run.start_step} " if run.start_step else "from the start " if resume else ""
+    with processes(config), ExitStack() as held:
+        if resume:  # before its newest checkpoint is looked for
+            on_main(lambda: hold(config, resume, held))
+        run = build_on(config, resume, build)
+        check_equal("the step to go on from", lambda: [run.start_step])
+        check_equal("the weights to begin with", partial(weight_sums, run.policy.model))
+        if run.start_step >= config.steps:
+            raise UserError(
+                f"The run is already at step {run.start_step} of {config.steps}; raise --steps to "
+                "go on."
+            )
+        run.run_dir = Path(resume) if resume else on_main(lambda: hold(config, None, held))
+        print(describe_start(run, resume))
+        steps = scheduled_steps(run)
+        try:
+            if is_main():
+                open_logs(run, resume)
+            yield run, steps
+        except OSError as error:
+            raise UserError(
+                f"Cannot write to {run.run_dir}: {error.strerror or error}. Put that right, then "
+                f"go on with --resume {quoted(run.run_dir)}."
+            ) from error
+        finally:
+            steps.close()  # gives the signals back, also after an error
+            run.monitor.close()
+
+
+def hold(config: Config, resume: str | None, held: ExitStack) -> Path:
+    """Lock the folder of a run, a new one unless it is resumed; it is given back with `held`."""
+    if resume:
+        folder, lock = Path(resume), checkpoint.lock(Path(resume))
+    else:
+        folder, lock = checkpoint.new_run_dir(config)
+    held.callback(lock.release)
+    return folder
+
+
+def describe_start(run: Any, resume: str | None) -> str:
+    """Where the run begins, in which folder, and on what: `cpu`, or `4 × cuda`."""
+    start = "from the start " if resume else ""
+    start = f"from step {run.start_step} " if run.start_step else start
+    count = num_processes()
+    device = run.policy.device.type if count == 1 else f"{count} × {run.policy.device.type}"
+    return (
+        f"training {start}in {run.run_dir} on {device}; watch it: tensorboard --logdir "
+        f"{quoted(run.run_dir)}"
     )
-    print(
-        f"training {start}in {run.run_dir} on {run.policy.device.type}; watch it: tensorboard "
-        f"--logdir {quoted(run.run_dir)}"
-    )
-    steps = scheduled_steps(run)
-    try:
-        checkpoint.sweep(run.run_dir)
-        run.monitor.open(run.run_dir, run.start_step)
-        if resume:  # new_run_dir has written that of a new run
-            config.save(run.run_dir / "config.yaml")
-        config_yaml = (run.run_dir / "config.yaml").read_text(encoding="utf-8")
-        describe_run(run.monitor, config_yaml, summary_of(run))
-        yield run, steps
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to {run.run_dir}: {error.strerror or error}. Put that right, then go on "
-            f"with --resume {quoted(run.run_dir)}."
-        ) from error
-    finally:
-        steps.close()  # gives the signals back, also after an error
-        run.monitor.close()
-        held.release()
+
+
+def open_logs(run: Any, resume: str | None) -> None:
+    """The logs of a run, whose first page says what it is."""
+    checkpoint.sweep(run.run_dir)
+    run.monitor.open(run.run_dir, run.start_step)
+    if resume:  # new_run_dir has written that of a new run
+        run.config.save(run.run_dir / "config.yaml")
+    config_yaml = (run.run_dir / "config.yaml").read_text(encoding="utf-8")
+    describe_run(run.monitor, config_yaml, summary_of(run))
 
 
 def summary_of(run: Any) -> str:
@@ -139,9 +173,11 @@ def scheduled_steps(run: Any) -> Steps:
             if is_due(config.eval_interval, step, last):
                 evaluate_run(run)
             monitor.flush(step, config.steps)
-            stop = interrupted() or stuck
+            stop = in_any(interrupted()) or stuck
             if is_due(config.checkpoint_interval, step, last or stop):
-                save(run, step)
+                weights = partial(weight_sums, run.policy.model)
+                check_equal(f"their weights after step {step}", weights)
+                on_main(partial(save, run, step))
             if stop:
                 break
     if stuck:
@@ -202,12 +238,14 @@ def save_finished_steps(run: Any, step: int) -> Iterator[None]:
     except UserError as error:
         run.questions.position = position
         saved = map(checkpoint.step_of, checkpoint.checkpoints(run.run_dir))
-        if step and step not in saved and is_due(run.config.checkpoint_interval, step, last=True):
+        wanted = is_main() and step and step not in saved
+        if wanted and is_due(run.config.checkpoint_interval, step, last=True):
             with suppress(UserError):  # the first error is the one to report
                 save(run, step)
         if not checkpoint.checkpoints(run.run_dir):
             raise
-        raise UserError(
+        shared = isinstance(error, SharedError)  # then the other processes have raised it too
+        raise (SharedError if shared else UserError)(
             f"{error} Put that right, then go on with --resume {quoted(run.run_dir)}."
         ) from error
 

@@ -264,6 +264,15 @@ def reward_arguments(groups: list[Any], config: Config) -> Arguments:
     return Arguments(prompts, texts, columns, chats)
 
 
+def ask_rewards(
+    rewards: dict[str, RewardFunction], config: Config, groups: list[Any]
+) -> list[Tensor]:
+    """What the K rewards say of each group, float32 (K, G); arguments and errors as `score`'s."""
+    arguments = reward_arguments(groups, config), config.reward_timeout
+    table = torch.stack([call_reward(*pair, *arguments) for pair in rewards.items()])
+    return list(table.chunk(len(groups), dim=1))
+
+
 def call_function(
     function: RewardFunction, arguments: Arguments, seconds: float, as_messages: bool = False
 ) -> Any:

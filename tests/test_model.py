@@ -337,7 +337,7 @@ def test_configs_inside_a_config_have_no_noise():
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("WORLD_SIZE", "2", "one of 2 processes, and a run has one"),
+        ("WORLD_SIZE", "2", "one of 2 processes, and only train.py"),
         ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP is set"),
         ("ACCELERATE_USE_DEEPSPEED", "1", "ACCELERATE_USE_DEEPSPEED is set"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "models are not compiled"),

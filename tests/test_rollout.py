@@ -5,14 +5,20 @@ import torch
 from conftest import BARE
 from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
+import rollout as rollout_file
 from loss import sequences_log_probs
-from rollout import Completion, complete, rollout, trim_at_eos
+from rollout import Completion, rollout, trim_at_eos
 from support.config import resolve_path
 from support.data import Question, load_questions
 from support.errors import UserError
-from support.generation import Sampling, TokenSampler, end_tokens
+from support.generation import Sampling, TokenSampler, end_tokens, with_seeds
 from support.model import load_model
 from support.prompts import with_prompts
+
+
+def complete(model, tokenizer, prompts, sampling):
+    """One completion for each prompt, each with random numbers of its own."""
+    return rollout_file.complete(model, tokenizer, with_seeds(prompts), sampling)
 
 
 @pytest.fixture
@@ -200,24 +206,37 @@ def test_each_token_was_drawn_with_the_trainers_own_log_probability(
         )
 
 
-def test_a_token_without_probability_is_never_drawn(monkeypatch):
+def test_a_token_without_probability_is_never_drawn():
     """At both ends of the random numbers, and for a tail that single precision would lose: 10⁵ tokens of 10⁻⁹ each."""
     scores = torch.full((4, 700), -torch.inf)
     scores[:, 2], scores[:, 300], scores[:, 304] = 0.3, 0.2, 0.1
     for number, token in ((0.0, 2), (0.5, 300), (1 - 2**-53, 304)):
-        monkeypatch.setattr(
-            torch, "rand", lambda *size, value=number, **kw: torch.full(size, value, **kw)
-        )
-        draw = TokenSampler(Sampling(1))
+        draw = TokenSampler(Sampling(1), torch.full((4, 1), number, dtype=torch.float64))
         chosen = draw(None, scores.clone())
         assert chosen.argmax(-1).tolist() == [token] * 4 and (chosen.exp().sum(-1) == 1).all()
         torch.testing.assert_close(draw.log_probs()[:, 0], scores.log_softmax(-1)[:, token])
     long = torch.full((1, 100_001), -20.72)
     long[0, 0] = 0.0
-    monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.full(size, 1 - 0.25e-4, **kw))
-    assert TokenSampler(Sampling(1))(None, long).argmax(-1).item() == pytest.approx(
+    number = torch.full((1, 1), 1 - 0.25e-4, dtype=torch.float64)
+    assert TokenSampler(Sampling(1), number)(None, long).argmax(-1).item() == pytest.approx(
         75_000, rel=0.01
     )
+
+
+def test_what_is_drawn_depends_neither_on_the_batch_nor_on_the_others(model, tokenizer, questions):
+    """Batches of 1, 5 and 100, and a longer budget: the same tokens, and no two rows alike."""
+    model.lm_head.weight.data *= 20
+    found = []
+    for size, budget in ((1, 12), (5, 12), (100, 12), (100, 20)):
+        torch.manual_seed(3)
+        sampling = Sampling(budget, batch_size=size)
+        groups = rollout(model, tokenizer, questions[:4], 4, sampling)
+        found.append([c.ids[:12] for group in groups for c in group.completions])
+    assert found[0] == found[1] == found[2] == found[3]
+    assert len({tuple(ids) for ids in found[0]}) > 12
+    torch.manual_seed(4)
+    other = rollout(model, tokenizer, questions[:4], 4, Sampling(12))
+    assert [c.ids for group in other for c in group.completions] != found[0]
 
 
 def test_a_model_with_another_kind_of_state_is_sampled_plainly(tokenizer):
@@ -271,7 +290,7 @@ def test_the_pad_token_as_a_prompts_own(tokenizer):
 def test_logits_that_are_not_finite_are_said(model, tokenizer):
     """Not an index out of range, which on a GPU ends the process's use of it. One row of three is enough."""
     for bad in (float("nan"), float("inf")):
-        draw = TokenSampler(Sampling(1))
+        draw = TokenSampler(Sampling(1), torch.full((3, 1), 0.5, dtype=torch.float64))
         scores = torch.zeros(3, 1000)
         scores[1, 7] = bad
         out = draw(torch.zeros(3, 1, dtype=torch.long), scores)

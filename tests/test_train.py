@@ -127,8 +127,8 @@ def test_resume_holds_the_folder_before_it_looks_for_the_checkpoint(
     tiny_run, tmp_path, monkeypatch
 ):
     folder = copy_of(shared_run(), tmp_path / "a")
-    seen = []
-    monkeypatch.setattr(checkpoint, "lock", lambda *args: seen.append("lock"))
+    seen, real = [], checkpoint.lock
+    monkeypatch.setattr(checkpoint, "lock", lambda *args: seen.append("lock") or real(*args))
     monkeypatch.setattr(train, "build", lambda *args: seen.append("build") or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tiny_run("a", f"--resume={folder}", "--steps=6")
@@ -241,8 +241,8 @@ def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(
 
     def broken(*arguments):
         calls.append(1)
-        total, *others = real(*arguments)
-        return (total * float("nan") if len(calls) > 2 else total, *others)
+        bad = float("nan") if len(calls) > 2 else 1.0
+        return [(share * bad, *others) for share, *others in real(*arguments)]
 
     monkeypatch.setattr(train, "add_gradients", broken)
     flags = ("--eval_interval=0", "--checkpoint_interval=100", "--kl_weight=0.1")
@@ -265,7 +265,9 @@ def test_numbers_that_stay_bad_stop_the_run_with_a_checkpoint(
 def test_skipped_steps_are_counted_over_a_resume(tiny_run, monkeypatch):
     """Bad numbers in the last step before it and in the first one after; and 0 never stops."""
     real, bad = train.add_gradients, torch.tensor(float("nan"))
-    monkeypatch.setattr(train, "add_gradients", lambda *args: (bad, *real(*args)[1:]))
+    monkeypatch.setattr(
+        train, "add_gradients", lambda *args: [(bad, *others) for _, *others in real(*args)]
+    )
     flags = ("--kl_weight=0.1", "--eval_interval=0")
     folder = tiny_run("a", "--max_skipped_steps=3", "--steps=1", *flags)
     with pytest.raises(SystemExit):
@@ -464,7 +466,7 @@ def test_the_fast_way_has_the_whole_gradient(tmp_path, few_questions, flags):
     trainer = build(tmp_path, few_questions, *flags)
     policy, found = trainer.policy, []
     assert policy.log_probs.func is shared_log_probs
-    items = [(e, torch.tensor(0.01)) for e in fill(trainer).items]
+    items = [replace(e, token_weight=torch.tensor(0.01)) for e in fill(trainer).items]
     with torch.no_grad():
         for p in policy.parameters():
             p += 0.01 * torch.randn_like(p)
@@ -478,7 +480,7 @@ def test_the_fast_way_has_the_whole_gradient(tmp_path, few_questions, flags):
 
 def test_memory_that_ends_in_a_backward_pass_leaves_no_gradient(tmp_path, few_questions):
     trainer, found = build(tmp_path, few_questions), []
-    items = [(e, torch.tensor(0.01)) for e in fill(trainer).items]
+    items = [replace(e, token_weight=torch.tensor(0.01)) for e in fill(trainer).items]
     work = partial(train.add_gradients, trainer.policy, None, trainer.loss, items)
     for boom in (None, 2):
         passes = []
@@ -490,8 +492,8 @@ def test_memory_that_ends_in_a_backward_pass_leaves_no_gradient(tmp_path, few_qu
 
         hook = next(trainer.policy.parameters()).register_hook(crowded)
         trainer.micro_batch.size = 10
-        total, entropy, _ = trainer.micro_batch.halve_on_oom(work)
-        found.append((total, entropy, flat_gradient(trainer)))
+        shares, entropies, _ = zip(*trainer.micro_batch.halve_on_oom(work), strict=True)
+        found.append((sum(shares), sum(entropies), flat_gradient(trainer)))
         hook.remove()
     assert trainer.micro_batch.size == 5
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
