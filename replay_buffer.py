@@ -28,13 +28,13 @@ class Experience:
     action_mask: Tensor  # bool, (B, C): true for sampled tokens, the end token included
     returns: Tensor | None = None  # float32, (B,): the reward of the completion
     advantages: Tensor | None = None  # float32, (B,): the return compared with its group
-    token_weight: Tensor | None = None  # float32, (B,): of each of its tokens in the loss
     # Log-probabilities of the sampled tokens, float32 (B, C), as computed by ...
     action_log_probs: Tensor | None = None  # the policy before its update; None: not yet updated
     log_probs_ref: Tensor | None = None  # the frozen reference; None: no KL
     sampler_log_probs: Tensor | None = None  # the sampler, as it drew the token; None: unknown
     entropies: Tensor | None = None  # float32 (B, C), of the policy before its update
     policy_mask: Tensor | None = None  # bool, (B, C): tokens with a policy term; None: all
+    token_weight: Tensor | None = None  # float32, (B,): of each of its tokens in the loss
 
     @classmethod
     def of(

@@ -115,10 +115,12 @@ def parse_config(
         given["run_dir"] = resume
     settings = read_settings(given, resume)
     flags = {name: value for name, value in given.items() if name in CONFIG_FIELDS}
+    before = dict(settings)
     settings |= adapter_settings(settings, flags) | smaller_batch(settings, flags)
     config = Config(**{**settings, **flags})
-    for name in flags if resume else ():
-        check_change(resume, name, settings.get(name, flags[name]), getattr(config, name))
+    for name in [*flags, *(settings.keys() - flags.keys())] if resume else ():
+        after = getattr(config, name)
+        check_change(resume, name, before.get(name, after), after)
     return config, {"resume": resume, **{name: given.get(name) for name in extra}}
 
 

@@ -38,8 +38,9 @@ def quoted(path: object) -> str:
 
 
 def is_of_the_disk(error: Exception) -> bool:
-    """Whether a disk is the cause; safetensors and tokenizers have no OSError for that."""
-    return isinstance(error, OSError) or "os error" in str(error).lower()
+    """Whether a disk is the cause; safetensors, tokenizers and torch have no OSError for that."""
+    words = "os error", "inline_container"
+    return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
 
 
 def silence() -> None:

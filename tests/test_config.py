@@ -219,6 +219,17 @@ def test_auto_is_called_auto_on_resume(capsys):
     assert capsys.readouterr().out == "changed on resume: " + said
 
 
+def test_a_smaller_rollout_on_resume_says_that_the_batch_shrinks(tmp_path, capsys):
+    config, _ = parse_config(["--preset=tiny"])
+    config.save(tmp_path / "config.yaml")
+    config, _ = parse_config([f"--resume={tmp_path}", "--group_size=4"])
+    said = capsys.readouterr().out
+    assert config.train_batch_size == 128
+    assert "changed on resume: group_size from 8 to 4\n" in said
+    assert "changed on resume: train_batch_size from 256 to 128\n" in said
+    assert said.count("changed on resume") == 2
+
+
 LIMITED = [f for f in dataclasses.fields(Config) if f.metadata["help"].limits]
 
 

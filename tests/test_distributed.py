@@ -46,6 +46,7 @@ def jobs(folder):
         "whole": [*WHOLE, *several],
         "adapters": [*WHOLE, *several, "--adapter_rank=4", "--steps=2"],
         "half": [*WHOLE, *several, "--steps=2"],
+        "4bit": [*SMALL, "--adapter_rank=4", "--quantize=4bit", "--steps=2"],
         "one question": [*SMALL, "--rollouts_per_step=1", "--train_batch_size=5", "--steps=2"],
     }
     for name in OBJECTIVES:
@@ -92,7 +93,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize(
     ("count", "name"),
     [(3, "whole"), (3, "adapters"), (3, "one question"), (3, "grpo")]
-    + [(2, name) for name in ("whole", "adapters", "one question", *OBJECTIVES)],
+    + [(2, name) for name in ("whole", "adapters", "4bit", "one question", *OBJECTIVES)],
 )
 def test_several_processes_do_what_one_does(place, count, name):
     """The same completions and rewards; gradients to 1e-6; the metrics; the weights at the end."""

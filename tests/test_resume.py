@@ -93,7 +93,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     few = [f"--dataset={tmp_path}/few.jsonl", f"--eval_dataset={few_questions}"]
     sizes = ["--rollouts_per_step=3", "--micro_batch_size=8", "--max_new_tokens=12"]
     often = ["--steps=2", "--epochs_per_step=2", "--eval_interval=1", "--eval_questions=5"]
-    own = [] if "--reward" in flags else one_layer
+    # The random layer seldom ends a completion, and DAPO does not train those that are cut off.
+    own = [] if "--reward" in flags or "--objective=dapo" in flags else one_layer
     always = [*ALWAYS, "--checkpoint_interval=1", *own]
     whole = tiny_run("whole", *few, *sizes, *often, *always, *flags)
     assert all(row["train/grad_norm"] > 0 for row in metrics(whole)[1:]), (
