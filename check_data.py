@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from objectives.table import NAMES
-from support.answers import states_number
+from support.answers import same_answer, states_number
 from support.command_line import parse_config
-from support.config import Config, resolve_path
+from support.config import Config, check_place, resolve_path
 from support.data import Question, load_questions
 from support.errors import UserError, command
 from support.model import load_tokenizer
-from support.prompts import check_tags, holds, prompts_of
+from support.prompts import check_tags, holds, prompts_of, with_prompts
 
 SHOWN, EXAMPLES = 3, 5  # prompts, final answers
+BROKEN = ("\ufffd", "\0", "â€", "Ã©", "Ã¼")  # UTF-8 that was read as something else
 
 
 def say_columns(questions: list[Question], config: Config) -> None:
@@ -68,12 +69,19 @@ def say_split(split: str, questions: list[Question], tokenizer: Any, config: Con
     solutions = [question.solution for question in questions if question.solution]
     if solutions:
         lengths = [len(ids) for ids in tokenizer(solutions, add_special_tokens=False)["input_ids"]]
-        say_lengths("solutions", lengths, config.max_new_tokens, "--max_new_tokens")
+        what = "the dataset's own solutions (the model may answer in fewer words)"
+        say_lengths(what, lengths, config.max_new_tokens, "--max_new_tokens")
     for prompt, question in list(zip(prompts, questions, strict=True))[:SHOWN]:
         print(f"  prompt: {prompt!r}\n  answer: {question.reference!r}")
     unseen = sum(not holds(tokenizer.decode(t), p) for t, p in zip(tokens, prompts, strict=True))
     if unseen:
         print(f"  {unseen} prompts have characters that the tokenizer cannot write")
+    broken = [q.question for q in questions if any(sign in q.question for sign in BROKEN)]
+    if broken:
+        print(
+            f"  {len(broken)} questions have signs of a wrong encoding, such as "
+            f"{broken[0][:80]!r}: save the file again, as UTF-8"
+        )
 
 
 def say_duplicates(train: list[Question], test: list[Question]) -> None:
@@ -81,6 +89,16 @@ def say_duplicates(train: list[Question], test: list[Question]) -> None:
     texts = Counter(" ".join(question.question.split()).casefold() for question in train)
     twice = sum(count - 1 for count in texts.values())
     print(f"duplicates: {twice} inside train")
+    answers: dict[str, Question] = {}
+    for question in train:
+        text = " ".join(question.question.split()).casefold()
+        first = answers.setdefault(text, question)
+        if not same_answer(question.reference, first.reference):
+            print(
+                f"  one question has two answers, {first.reference!r} and "
+                f"{question.reference!r}: {question.question[:80]!r}"
+            )
+            break
     if test:
         seen = [q for q in test if " ".join(q.question.split()).casefold() in texts]
         example = f", such as {seen[0].question[:80]!r}" if seen else ""
@@ -100,13 +118,17 @@ def main(argv: list[str]) -> None:
     if not config.eval_dataset and Path(name).is_file():
         print("test: none, --dataset is one file; give --eval_dataset, or --eval_interval 0")
     else:
+        check_place(config.eval_dataset, "--eval_dataset")
         try:
             test = load_questions(name, "test", config)
         except UserError as error:
+            if config.eval_dataset:
+                raise
             print(f"test: none ({error})")
     if test:
         say_split("test", test, tokenizer, config)
     say_duplicates(train, test)
+    with_prompts(train, tokenizer, config)  # UserError for what train.py would refuse too
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from objectives.table import NAMES
 from support.adapters import merge, read_adapter
+from support.checkpoint import open_to_readers
 from support.command_line import parse_run_config
 from support.errors import UserError, command
 from support.model import load_model, load_tokenizer
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         whole.save_pretrained(partial)
+        open_to_readers(partial)
         if others["base"]:  # it is of a run, whose prompt and settings belong to the model
             save_tokenizer(partial, tokenizer, config)
             # All weights learn at a tenth of the rate of adapters; a base that is an adapter itself
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> None:
             chain = read_adapter(others["base"]) is not None
             base = adapter["base_model_name_or_path"] if chain else others["base"]
             lr = float(f"{config.lr / 10:.12g}")
-            settings = replace(config, model=base, adapter_rank=0, quantize="none", lr=lr)
+            own = {"model": base, "adapter_rank": 0, "quantize": "none", "lr": lr}
+            settings = replace(config, adapter_targets=["all-linear"], **own)
             settings.save(partial / "config.yaml")
         else:
             tokenizer.save_pretrained(partial)

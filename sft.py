@@ -23,11 +23,11 @@ from loss import sequences_log_probs
 from objectives.equations import token_weights
 from objectives.table import NAMES
 from replay_buffer import Experience, batches, pad_batch
-from support.checkpoint import new_run_dir
+from support.checkpoint import new_run_dir, open_to_readers
 from support.command_line import parse_config
 from support.config import Config, resolve_path
 from support.data import Question, QuestionStream, load_questions
-from support.errors import UserError, command
+from support.errors import UserError, command, quoted
 from support.model import build_accelerator, build_optimizer, load_to_train, load_tokenizer
 from support.model_card import save_tokenizer
 from support.monitor import progress
@@ -116,18 +116,26 @@ def main(argv: list[str]) -> None:
         f"{len(questions)} examples; {dropped} left out: prompt longer than "
         f"{config.max_prompt_tokens} tokens"
     )
-    folder, _held = new_run_dir(config)
+    folder, _held = new_run_dir(config, resumable=False)
     policy = accelerator.prepare_model(policy)
     optimizer = build_optimizer(policy.model, config)
-    fit(policy, optimizer, tokenizer, QuestionStream(questions, config.seed), config)
+    try:
+        fit(policy, optimizer, tokenizer, QuestionStream(questions, config.seed), config)
+    except BaseException:  # Ctrl-C too: half of a warm start is kept nowhere
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     try:
         model.save_pretrained(folder / "model")
+        open_to_readers(folder)
         save_tokenizer(folder / "model", tokenizer, config)
         config.save(folder / "model" / "config.yaml")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"Cannot write {folder / 'model'}: {error}.") from error
-    print(f"written: {folder / 'model'}")
+    print(
+        f"written: {folder / 'model'}   go on: python train.py --model {quoted(folder / 'model')} "
+        "with the options of your run"
+    )
 
 
 if __name__ == "__main__":

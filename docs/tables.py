@@ -19,7 +19,13 @@ sys.path.insert(0, str(ROOT))
 
 from objectives.table import NAMES, OBJECTIVES, Objective  # noqa: E402
 from support.alarms import ALARMS  # noqa: E402
-from support.config import PRESETS, SYSTEM_PROMPT, Config  # noqa: E402
+from support.config import (  # noqa: E402
+    PRESETS,
+    SYSTEM_PROMPT,
+    SYSTEM_PROMPT_ZH,
+    TUTORIAL_PROMPT,
+    Config,
+)
 from support.foreign_options import OWNERS  # noqa: E402
 
 PAGES = (
@@ -28,6 +34,11 @@ PAGES = (
 )
 ALGORITHM = ("train", "rollout", "reward", "loss", "replay_buffer")
 COMMANDS = ("run", "evaluate", "sft", "merge", "check_data")
+PROMPTS = {
+    SYSTEM_PROMPT: "the two tags, and a worked example",
+    SYSTEM_PROMPT_ZH: "the same in Chinese",
+    TUTORIAL_PROMPT: "the tutorial's",
+}
 PAPERS = {
     "grpo": ("Group Relative Policy Optimization", "2402.03300"),
     "bnpo": ("TRL's name for GRPO's terms under a token mean", ""),
@@ -61,8 +72,8 @@ def shown(value: Any) -> str:
     """A value in a cell."""
     if value is None:
         return "–"
-    if value == SYSTEM_PROMPT:
-        return "the two tags, and a worked example"
+    if isinstance(value, str) and value in PROMPTS:
+        return PROMPTS[value]
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "empty" if value == "" else str(value)
@@ -98,6 +109,17 @@ def options() -> str:
         text = meaning(name, field.metadata["help"])
         rows.append(f"| `--{name}` | {text} | {default} | {other} |")
     return table("option | meaning (source) | default, preset `gsm8k` | preset `tiny`", rows)
+
+
+def presets() -> str:
+    """What each preset sets; where a cell is empty, the default is used."""
+    names = [name for name in PRESETS if PRESETS[name]]
+    rows = []
+    for field in fields(Config):
+        cells = [shown(PRESETS[n][field.name]) if field.name in PRESETS[n] else "" for n in names]
+        if any(cells):
+            rows.append(f"| `--{field.name}` | " + " | ".join(cells) + " |")
+    return table(" | ".join(["option", *(f"`{name}`" for name in names)]), rows)
 
 
 def methods() -> str:
@@ -138,6 +160,7 @@ TABLES = {
     "objectives": lambda: folder("objectives"),
     "support": lambda: folder("support"),
     "options": options,
+    "presets": presets,
     "methods": methods,
     "alarms": alarms,
     "options of the tutorial": lambda: foreign_options("the tutorial"),

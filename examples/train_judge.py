@@ -12,6 +12,7 @@ is to check an answer. `steps` are optimizer steps of `train_batch_size` answers
 """
 
 import random
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,11 @@ from objectives.table import NAMES  # noqa: E402
 from rollout import rollout  # noqa: E402
 from sft import target  # noqa: E402
 from support.answers import is_correct  # noqa: E402
-from support.checkpoint import new_run_dir  # noqa: E402
+from support.checkpoint import new_run_dir, open_to_readers  # noqa: E402
 from support.command_line import parse_config  # noqa: E402
 from support.config import Config, resolve_path  # noqa: E402
 from support.data import Question  # noqa: E402
-from support.errors import UserError, command  # noqa: E402
+from support.errors import UserError, command, quoted  # noqa: E402
 from support.generation import Sampling  # noqa: E402
 from support.model import build_accelerator, load_model, load_tokenizer  # noqa: E402
 from support.monitor import progress, quiet_progress  # noqa: E402
@@ -108,22 +109,10 @@ def try_out(judge: RewardModel, answers: list[Read]) -> float:
     return float((above > 0).float().mean() + (above == 0).float().mean() / 2)
 
 
-@command
-def main(argv: list[str]) -> None:
-    """Sample, fit, try out, and save a folder for --reward model:FOLDER."""
-    config, others = parse_config(argv, __doc__, NAMES)
-    if others["resume"]:
-        raise UserError("A judge cannot be resumed: start again, in another --run_dir.")
-    set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    questions = training_questions(config, tokenizer)
-    held_out = int(HELD_OUT * len(questions))
-    collected = partial(collect, config, tokenizer)
-    new, known = collected(questions[:held_out]), collected(questions[held_out:])
-    for name, found in (("training", known), ("held out", new)):
-        if len({right for _, _, right in found}) < 2:
-            raise UserError(f"All answers ({name}) are right, or all wrong; take other questions.")
-    folder, _held = new_run_dir(config)
+def make_judge(
+    config: Config, tokenizer: Any, folder: Path, known: list[Answer], new: list[Answer]
+) -> None:
+    """Fit a judge on `known` answers, try it out on `new` ones, and save it in `folder`."""
     transformers.utils.logging.set_verbosity_error()  # that the head is new is no news here
     model = AutoModelForSequenceClassification.from_pretrained(
         resolve_path(config.model), num_labels=1, dtype=torch.float32, use_safetensors=True
@@ -135,11 +124,37 @@ def main(argv: list[str]) -> None:
     area = try_out(judge, read(judge, new, config))
     share = sum(right for _, _, right in known) / len(known)
     judge.judge.save_pretrained(folder)
+    open_to_readers(folder)
     print(
         f"{len(known)} answers, {share:.0%} of them right; a right answer to a new question is "
         f"ranked above a wrong one in {area:.1%} of the pairs\nwritten: {folder}   go on: python "
-        f"train.py --reward model:{folder} --reward_weights 1"
+        f"train.py with your options and --reward {quoted(f'model:{folder}')} --reward_weights 1"
     )
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Sample, fit, try out, and save a folder for --reward model:FOLDER."""
+    config, others = parse_config(argv, __doc__, NAMES)
+    if others["resume"]:
+        raise UserError("A judge cannot be resumed: start again, in another --run_dir.")
+    if config.adapter_rank:
+        raise UserError("A judge has no adapters; leave out --adapter_rank.")
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    questions = training_questions(config, tokenizer)
+    held_out = int(HELD_OUT * len(questions))
+    collected = partial(collect, config, tokenizer)
+    new, known = collected(questions[:held_out]), collected(questions[held_out:])
+    for name, found in (("training", known), ("held out", new)):
+        if len({right for _, _, right in found}) < 2:
+            raise UserError(f"All answers ({name}) are right, or all wrong; take other questions.")
+    folder, _held = new_run_dir(config, resumable=False)
+    try:
+        make_judge(config, tokenizer, folder, known, new)
+    except BaseException:  # Ctrl-C too: a judge that is not trained yet would be taken for one
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 if __name__ == "__main__":

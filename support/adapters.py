@@ -265,9 +265,9 @@ def describe_adapter(model: nn.Module, config: Config) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = trained + sum(map(size, frozen))
     return (
-        f"adapters of rank {config.adapter_rank} beside {share:.0%} of the weights in matrices, "
-        f"embeddings and head not counted; {trained:,} numbers are trained, "
-        f"{trained / everything:.2%} of the model; learning rate {config.lr:g}"
+        f"LoRA of rank {config.adapter_rank} on {' '.join(config.adapter_targets)}, which is "
+        f"{share:.0%} of the weights in layers: {trained:,} trained parameters "
+        f"({trained / everything:.2%} of the model); learning rate {config.lr:g}"
     )
 
 

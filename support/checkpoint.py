@@ -35,8 +35,12 @@ PREFIX = "checkpoint-"
 SUMS = "SHA256SUMS"
 
 
-def new_run_dir(config: Config) -> tuple[Path, FileLock]:
-    """Make the run's folder, hold it, and write config.yaml; UserError if it is not empty."""
+def new_run_dir(config: Config, resumable: bool = True) -> tuple[Path, FileLock]:
+    """Make the run's folder, hold it, and write config.yaml; UserError if it is not empty.
+
+    Args:
+        resumable: what is begun in it can be resumed.
+    """
     folder = Path(
         config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     ).expanduser()
@@ -44,9 +48,9 @@ def new_run_dir(config: Config) -> tuple[Path, FileLock]:
     try:
         made = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        refuse_occupied(folder)
+        refuse_occupied(folder, resumable)
         held = lock(folder)
-        refuse_occupied(folder)  # by one who was faster
+        refuse_occupied(folder, resumable)  # by one who was faster
         config.save(folder / "config.yaml")
     except OSError as error:
         with suppress(OSError):
@@ -60,24 +64,40 @@ def new_run_dir(config: Config) -> tuple[Path, FileLock]:
     return folder, held
 
 
-def refuse_occupied(folder: Path) -> None:
+def refuse_occupied(folder: Path, resumable: bool = True) -> None:
     """UserError if there is anything in the folder but a lock."""
     if any(p.name != ".lock" for p in folder.iterdir()):
+        go_on = f", or continue the run in it with --resume {quoted(folder)}" if resumable else ""
+        raise UserError(f"{folder} is not empty; choose another --run_dir{go_on}.")
+
+
+def refuse_model(folder: Path) -> None:
+    """UserError for a folder that holds a model and no run of train.py: not to be resumed."""
+    models = [folder / "model", *folder.glob("*.safetensors")]
+    found = next((path for path in models if path.exists()), None)
+    if found is not None and not checkpoints(folder):
+        model = found if found.is_dir() else folder
         raise UserError(
-            f"{folder} is not empty; choose another --run_dir, or continue the run in it with "
-            f"--resume {quoted(folder)}."
+            f"{folder} holds a model and no run that could go on; begin a run with it: --model "
+            f"{quoted(model)}."
         )
 
 
-def lock(run_dir: Path) -> FileLock:
+def open_to_readers(folder: Path) -> None:
+    """Let others read the weights in a folder: safetensors writes them for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
+def lock(run_dir: Path, instead: str = "wait for it, or choose another --run_dir") -> FileLock:
     """Hold the folder until the process ends, in whatever way; UserError if another one has it."""
     held = FileLock(run_dir / ".lock")
     try:
         held.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(
-            f"{run_dir} is in use by another process; wait for it, or choose another --run_dir."
-        ) from error
+        raise UserError(f"{run_dir} is in use by another process; {instead}.") from error
     except OSError as error:
         raise UserError(
             f"Cannot write to {run_dir}: {error.strerror}; make it writable first."
@@ -161,6 +181,7 @@ def save_checkpoint(
     try:
         discard(partial)
         model.save_pretrained(partial)
+        open_to_readers(partial)
         save_tokenizer(partial, tokenizer, config)
         describe(partial)
         config.save(partial / "config.yaml")

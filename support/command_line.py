@@ -17,8 +17,15 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from support.adapters import adapter_options
-from support.checkpoint import checkpoints, find_model
-from support.config import OBJECTIVE_COLUMNS, PRESETS, Config, check_text, resolve_path
+from support.checkpoint import checkpoints, find_model, refuse_model
+from support.config import (
+    OBJECTIVE_COLUMNS,
+    PRESETS,
+    Config,
+    check_place,
+    check_text,
+    resolve_path,
+)
 from support.config_file import read_config_file
 from support.errors import UserError, check_choice, quoted
 from support.foreign_options import explain_foreign_option
@@ -221,6 +228,7 @@ def run_to_resume(given: dict[str, Any]) -> str | None:
         )
     if not Path(resume, "config.yaml").is_file():
         raise UserError(f"There is no run to resume in {resume}: it has no config.yaml.")
+    refuse_model(Path(resume))
     if Path(given.get("run_dir", resume)).resolve() != Path(resume).resolve():
         raise UserError(
             f"--resume goes on in the folder {resume}; leave out --run_dir {given['run_dir']}."
@@ -349,6 +357,11 @@ def parse_run_config(
     newest = None
     if not any(argument.startswith(("--model", "--preset", "--config")) for argument in argv):
         newest = newest_run()
+        if newest is None and "--help" not in argv and "-h" not in argv:
+            raise UserError(
+                "There is no run with a checkpoint in runs/; give --model FOLDER, or train one "
+                "first (python train.py --preset tiny)."
+            )
     if newest:
         print(f"--model {newest}, the newest run")
         argv = [f"--model={newest}", *argv]
@@ -356,6 +369,7 @@ def parse_run_config(
     if others["resume"]:
         run = quoted(others["resume"])
         raise UserError(f"--resume is train.py's; to look at a run say --model {run}.")
+    check_place(config.model, "--model")
     folder = find_model(config.model)
     argv = [*argv, f"--model={folder}"]  # the last one counts; an adapter has settings of its own
     saved = Path(folder, "config.yaml")

@@ -137,7 +137,8 @@ class Config:
 
     # Questions
     dataset: str = option(
-        "openai/gsm8k", "a hub name, a .jsonl or .parquet file, or a folder with train.* and test.*"
+        "openai/gsm8k",
+        "a hub name; a file (.jsonl, .parquet, .json, .csv); or a folder with train.* and test.*",
     )
     dataset_config: str = option("main", "the hub dataset's configuration; not used for files")
     question_column: str = option("question", "the dataset's column with the question")
@@ -188,7 +189,8 @@ class Config:
     # Reward
     reward: list[str] = option(
         ["accuracy"],
-        "names from reward.py, my_file.py:my_function, or model:NAME (a reward model); summed",
+        "accuracy, format, length_penalty, soft_overlong, repetition, tutorial (reward.py); "
+        "my_file.py:my_function; or model:NAME, a reward model; summed",
     )
     reward_weights: list[float] = option([1.0], "one weight for each reward")
     reward_timeout: float = option(
@@ -410,6 +412,11 @@ class Config:
             raise UserError("--adapter_targets is empty; name a layer, or leave it out.")
         for name in self.adapter_targets:
             check_text(name, "--adapter_targets")
+        if self.adapter_targets != ["all-linear"] and not self.adapter_rank:
+            raise UserError(
+                "--adapter_targets names layers for adapters, and there are none; give "
+                "--adapter_rank 16 too, or leave it out."
+            )
 
     @property
     def sequences_per_step(self) -> int:
@@ -602,3 +609,12 @@ def resolve_path(name: str) -> str:
     """`name`; or, of a bundled folder (`tiny/model`, `tiny/task`), the place where it is."""
     bundled = Path(__file__).parent.parent / name
     return str(bundled) if name and not Path(name).exists() and bundled.exists() else name
+
+
+def check_place(name: str, option: str) -> None:
+    """UserError for what can only be a folder or a file, and is not there."""
+    no_hub_name = name.startswith(("runs/", ".", "/", "~"))
+    if no_hub_name and not Path(resolve_path(name)).expanduser().exists():
+        raise UserError(
+            f"There is no folder {name}; give {option} a folder that is there, or a hub name."
+        )

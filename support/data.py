@@ -147,6 +147,9 @@ def read_file(path: Path) -> list[tuple[dict, str]]:
 def read_csv(path: Path, lines: TextIO) -> list[tuple[dict, str]]:
     """Rows of a table whose first line has the names of its columns."""
     rows = [(row, f"{path}, row {i}") for i, row in enumerate(csv.DictReader(lines), 1)]
+    head = list(rows[0][0]) if rows else []
+    if len(head) == 1 and ";" in head[0]:
+        raise UserError(f"{path} has ; between its cells; save it with commas.")
     for row, where in rows:
         if None in row or None in row.values():
             raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from support.answers import is_correct, is_correct_flexible
-from support.config import Config, resolve_path
+from support.config import Config, check_place, resolve_path
 from support.data import Question, load_questions
 from support.errors import UserError
 from support.generation import Sampling
@@ -42,6 +42,7 @@ def held_out_questions(config: Config, tokenizer: Any) -> list[Question]:
             f"--dataset {config.dataset} is one file, without held-out questions; give "
             "--eval_dataset, a folder with train.* and test.*, or --eval_interval 0."
         )
+    check_place(config.eval_dataset, "--eval_dataset")
     questions = load_questions(name, "test", config)
     questions, dropped = with_prompts(questions, tokenizer, config)
     if dropped:

@@ -25,7 +25,7 @@ from support.adapters import (
     quantization,
     read_adapter,
 )
-from support.config import PRESETS, Config, multiplies_bf16_fast, resolve_path
+from support.config import PRESETS, Config, check_place, multiplies_bf16_fast, resolve_path
 from support.distributed import num_processes
 from support.errors import UserError
 from support.model_card import without_prompt
@@ -90,11 +90,7 @@ def check_environment() -> None:
 
 def load_tokenizer(name: str) -> Any:
     """The model's own tokenizer; of an adapter's folder without one, that of its base model."""
-    no_hub_name = name.startswith(("runs/", ".", "/", "~"))
-    if no_hub_name and not Path(resolve_path(name)).exists():
-        raise UserError(
-            f"There is no folder {name}; give --model a folder that is there, or a hub name."
-        )
+    check_place(name, "--model")
     adapter = read_adapter(name)
     if adapter and not Path(resolve_path(name), "tokenizer_config.json").is_file():
         return load_tokenizer(adapter["base_model_name_or_path"])
@@ -324,6 +320,10 @@ def check_weights(name: str, found: dict[str, Any]) -> None:
 def loading_failed(what: str, name: str, error: Exception) -> str:
     """The sentence for a model or tokenizer that cannot be loaded."""
     folder = Path(resolve_path(name))
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        return (
+            f"{name} is the folder of a run; its models are in checkpoint-STEP, or (sft.py) model."
+        )
     if (
         what == "model"
         and any(folder.glob("pytorch_model*.bin"))

@@ -196,6 +196,13 @@ class Monitor:
             held_out = {name: value for name, value in old.items() if name.startswith("eval/")}
             self.evaluated += [held_out] if held_out else []
 
+    def forget_evaluations(self) -> None:
+        """For the alarms: from here on other questions are asked."""
+        self.evaluated.clear()
+        for row in self.rows:
+            for name in [name for name in row if name.startswith("eval/")]:
+                del row[name]
+
     def close(self) -> None:
         """Close the logs; if the disk is full, that has been said already."""
         with suppress(OSError):

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from support.config import resolve_path
+from support.config import check_place, resolve_path
 from support.errors import UserError
 from support.memory import MicroBatch
 
@@ -72,6 +72,7 @@ class RewardModel:
 
 def load_judge(name: str, device: torch.device) -> tuple[Any, Any]:
     """Tokenizer and model of a judge; UserError for what is none."""
+    check_place(name, "--reward model:")
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # missing keys are said in a sentence

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 
 from support import checkpoint
 from support.config import Config
+from support.config_file import read_config_file
 from support.distributed import (
     SharedError,
     check_equal,
@@ -39,6 +40,8 @@ from support.model_card import write_card
 from support.monitor import describe_run, log_line, progress, quiet_progress
 
 Steps = Iterator[tuple[int, torch.Generator]]
+# What decides the questions of an evaluation; with others its accuracy is another thing.
+EVALUATED = ("dataset", "eval_dataset", "eval_questions", "system_prompt", "max_new_tokens")
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def open_run(
 def hold(config: Config, resume: str | None, held: ExitStack) -> Path:
     """Lock the folder of a run, a new one unless it is resumed; it is given back with `held`."""
     if resume:
-        folder, lock = Path(resume), checkpoint.lock(Path(resume))
+        folder, lock = Path(resume), checkpoint.lock(Path(resume), "wait for it, or end it")
     else:
         folder, lock = checkpoint.new_run_dir(config)
     held.callback(lock.release)
@@ -110,6 +113,9 @@ def open_logs(run: Any, resume: str | None) -> None:
     checkpoint.sweep(run.run_dir)
     run.monitor.open(run.run_dir, run.start_step)
     if resume:  # new_run_dir has written that of a new run
+        before = read_config_file(run.run_dir / "config.yaml")
+        if any(before.get(name) != getattr(run.config, name) for name in EVALUATED):
+            run.monitor.forget_evaluations()
         run.config.save(run.run_dir / "config.yaml")
     config_yaml = (run.run_dir / "config.yaml").read_text(encoding="utf-8")
     describe_run(run.monitor, config_yaml, summary_of(run))
@@ -187,7 +193,7 @@ def scheduled_steps(run: Any) -> Steps:
             f"log-probabilities; go on with --resume {quoted(run.run_dir)} and a lower --lr, or "
             "with --precision fp32 where it is bf16."
         )
-    say_goodbye(run.run_dir, step)
+    say_goodbye(run.run_dir, step, config.steps)
 
 
 def is_due(interval: int, step: int, last: bool) -> bool:
@@ -284,13 +290,13 @@ class Interruption:
             signal.signal(number, handler)
 
 
-def say_goodbye(run_dir: Path, step: int) -> None:
-    """What there is to look at, and how to go on."""
+def say_goodbye(run_dir: Path, step: int, steps: int) -> None:
+    """What there is to look at, and how to go on: to the end, or from there."""
     saved = [path.name for path in checkpoint.checkpoints(run_dir)]
     log_line(f"done with step {step}; saved: {', '.join(saved) or 'no checkpoint'}")
     if saved:
-        folder = quoted(run_dir)
+        folder, further = quoted(run_dir), f" --steps {2 * step}" if step == steps else ""
         log_line(
-            f"look: python run.py --model {folder}   go on: python train.py --resume {folder} "
-            f"--steps {2 * step}"
+            f"look: python run.py --model {folder}   go on: python train.py --resume {folder}"
+            f"{further}"
         )

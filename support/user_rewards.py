@@ -155,7 +155,10 @@ def load_function(path: Path, name: str) -> UserReward:
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{path} cannot be run: {describe(error)}.") from error
     functions = dict(inspect.getmembers(module, callable))
-    function = UserReward(functions[check_choice(name, functions, f"function in {path}:")], name)
+    own = [key for key, f in functions.items() if getattr(f, "__module__", "") == spec.name]
+    if name not in functions:  # what the file imports may be asked for, and is not offered
+        check_choice(name, own, f"function in {path}:")
+    function = UserReward(functions[name], name)
     check_signature(function)
     return function
 
@@ -215,7 +218,12 @@ def finished(waiting: Any) -> Any:
 
 def describe(error: BaseException) -> str:
     """An exception of a user's code in a line: kind, text, place."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    places = traceback.extract_tb(error.__traceback__)
+    files = {
+        getattr(m, "__file__", None) for n, m in [*sys.modules.items()] if n.startswith("reward_")
+    }
+    # In the user's file, if it came through there, and not in a library that it calls.
+    place = next((p for p in reversed(places) if p.filename in files), places[-1])
     text = " ".join(shown(error, str).split())
     return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
 

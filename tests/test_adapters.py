@@ -443,7 +443,7 @@ def test_a_model_that_would_be_adapted_in_part_is_refused():
             ):
                 describe_adapter(model, config)
         else:
-            assert "adapters of rank 4 beside 1" in describe_adapter(model, config)
+            assert "LoRA of rank 4 on" in describe_adapter(model, config)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # peft's, of the experts
@@ -481,12 +481,15 @@ def test_transposed_weights_are_merged():
 def test_the_share_that_is_adapted_is_printed(capsys, quantize):
     adapted(quantize=quantize)
     out = capsys.readouterr().out
-    assert "rank 4 beside 100% of the weights in matrices" in out and "4.62% of the model" in out
+    assert (
+        "rank 4 on all-linear, which is 100% of the weights in layers" in out
+        and "4.62% of the model" in out
+    )
     adapted(quantize=quantize, adapter_targets=["q_proj", "v_proj"])
     share = (128 * 128 + 128 * 64) / (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
     numbers = 4 * 4 * (128 + 128 + 128 + 64)
     assert (
-        f"beside {share:.0%} of the weights in matrices, embeddings and head not counted; {numbers:,}"
+        f"on q_proj v_proj, which is {share:.0%} of the weights in layers: {numbers:,} trained"
         in capsys.readouterr().out
     )
 

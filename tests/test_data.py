@@ -126,9 +126,9 @@ def test_check_data_says_what_is_in_a_dataset(tmp_path, capsys):
     rows += [{"question": "What is it?", "answer": "#### x^2 + 1"}, rows[0]]
     write(tmp_path / "train.jsonl", *rows)
     write(tmp_path / "test.jsonl", rows[1], {"question": "New?", "answer": "#### 1,000"})
-    check_data.main(
-        ["--preset=tiny", f"--dataset={tmp_path}", "--max_prompt_tokens=9", "--system_prompt=Ω"]
-    )
+    short = ["--max_prompt_tokens=9", "--system_prompt=Ω"]
+    with pytest.raises(SystemExit):  # all of them are too long, which train.py refuses too
+        check_data.main(["--preset=tiny", f"--dataset={tmp_path}", *short])
     said = capsys.readouterr().out
     for words in (
         "train: 5 questions", "question: the question\n", "level: for reward functions, missing in 1 rows",
@@ -139,6 +139,21 @@ def test_check_data_says_what_is_in_a_dataset(tmp_path, capsys):
         assert words in said, words
     check_data.main(["--preset=tiny", f"--dataset={tmp_path / 'train.jsonl'}"])
     assert "test: none, --dataset is one file" in capsys.readouterr().out
+
+
+def test_check_data_says_what_would_go_wrong_in_silence(tmp_path, capsys):
+    """Two answers to one question; UTF-8 that was read as something else; a path that is not there."""
+    row = {"question": "How many is 1?", "answer": "#### 1"}
+    write(
+        tmp_path / "train.jsonl", row, row | {"answer": "#### 2"}, row | {"question": "5 â€œapples"}
+    )
+    check_data.main(["--preset=tiny", f"--dataset={tmp_path / 'train.jsonl'}"])
+    said = capsys.readouterr().out
+    assert "one question has two answers, '1' and '2': 'How many is 1?'" in said
+    assert "1 questions have signs of a wrong encoding, such as '5 â€œapples'" in said
+    with pytest.raises(SystemExit):
+        check_data.main(["--preset=tiny", f"--eval_dataset={tmp_path}/nothere"])
+    assert f"There is no folder {tmp_path}/nothere; give --eval_dataset" in capsys.readouterr().err
 
 
 def test_the_final_answer_is_the_rest_of_its_line(tmp_path):

@@ -103,6 +103,32 @@ def test_a_judge_is_trained_and_trains(tmp_path, monkeypatch, capsys):
     ])  # fmt: skip
     (row,) = metrics(tmp_path / "run")
     assert row["rollout/unscored_share"] == 0 and row["rollout/returns_std"] > 0
+    assert (folder / "model.safetensors").stat().st_mode & 0o044, "others may read it"
     with pytest.raises(SystemExit):
         example["main"]([*own, f"--resume={folder}"])
-    assert "cannot be resumed" in capsys.readouterr().err
+    assert "holds a model and no run that could go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["sft.py", "examples/train_judge.py"])
+def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, capsys, program):
+    """Ctrl-C in the middle: half of a warm start, or a judge with a random head, would be taken for a whole one."""
+    monkeypatch.setattr(sys, "argv", [program])
+    names = runpy.run_path(str(ROOT / program))
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(names["main"].__wrapped__.__globals__, "fit", interrupted)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((FEW[0] / "train.jsonl").read_text().splitlines(keepends=True)[:20]))
+    flags = [
+        "--preset=tiny",
+        "--device=cpu",
+        f"--dataset={few}",
+        "--train_batch_size=16",
+        "--group_size=4",
+    ]
+    with pytest.raises(SystemExit) as caught:
+        names["main"]([*flags, "--max_new_tokens=24", f"--run_dir={tmp_path / 'run'}"])
+    assert caught.value.code == 130 and "stopped" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from support.command_line import parse_config
 from support.config import Config
 from support.errors import UserError
 from support.memory import MicroBatch
-from support.schedule import seed_step
+from support.schedule import open_run, say_goodbye, seed_step
 from support.shared_prompts import shared_log_probs
 
 
@@ -545,3 +545,22 @@ def test_auto_takes_apples_gpu_only_where_it_works(monkeypatch, capsys):
     assert words in capsys.readouterr().out
     with pytest.raises(UserError, match="disagree"):
         schedule.build_on(Config(device="cpu"), None, partial(build, ["cpu"]))
+
+
+def test_a_run_that_was_stopped_goes_on_to_its_end(tiny_run, tmp_path, capsys):
+    """The command that is printed asks for more steps only where the run has done all of its own."""
+    say_goodbye(shared_run(), 2, 9)
+    assert capsys.readouterr().out.rstrip().endswith(f"--resume {shared_run()}")
+    say_goodbye(shared_run(), 2, 2)
+    assert capsys.readouterr().out.rstrip().endswith(f"--resume {shared_run()} --steps 4")
+
+
+def test_other_held_out_questions_are_not_compared_with_those_before(tiny_run, tmp_path):
+    folder = copy_of(shared_run("--eval_interval=1"), tmp_path / "a")
+    for changed, kept in ((["--eval_questions=7"], False), (["--lr=1e-4"], True)):
+        config, others = parse_config([f"--resume={folder}", "--steps=9", *changed])
+        with open_run(config, others["resume"], train.build) as (trainer, _):
+            known = [*trainer.monitor.evaluated, *trainer.monitor.rows]
+            assert len(trainer.monitor.rows) > 1
+            assert any("eval/accuracy" in row for row in known) == kept
+            parse_config([f"--resume={folder}"])[0].save(folder / "config.yaml")
