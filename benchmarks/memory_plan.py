@@ -1,7 +1,7 @@
 """Does it fit? The memory that a run needs, from a model's sizes, before it is downloaded.
 
     python benchmarks/memory_plan.py                   the table of docs/memory.md
-    python benchmarks/memory_plan.py --check FOLDER    beside measured peaks of two steps, on a CPU
+    python benchmarks/memory_plan.py --check FOLDER    beside measured peaks and seconds, on a CPU
 
 The sizes are those of each model's config; the model itself is built on the meta device, which
 holds no numbers. What is counted, in bytes:
@@ -21,6 +21,7 @@ The peak is what stays there, and the larger one of rollout and update.
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -198,27 +199,33 @@ def tables() -> list[str]:
 
 
 INTERPRETER = 0.45  # GB of Python and its libraries
+# A reward that differs, and so a gradient, whatever is said.
+DIFFERS = """
+def differs(prompts, completions, **columns):
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+"""
 
 
 def check(model: str, flags: list[str]) -> list[str]:
-    """One step of every plan with a model that is here: the measured peak beside the plan's."""
+    """Three steps of every plan with a model that is here: its peak beside the plan, its seconds."""
     sizes, cells = sizes_of(AutoConfig.from_pretrained(model)), []
     own = {
         "rollouts_per_step": 2,
         "group_size": 8,
         "train_batch_size": 16,
         "kl_weight": 0.0,
-        "steps": 2,
+        "steps": 3,
     }
-    own |= {"max_prompt_tokens": 256, "max_new_tokens": 64, "dataset": "tiny/task", "device": "cpu"}
-    own |= {"reward": ["repetition"]}  # which differs: a gradient, whatever is said
+    own |= {"max_prompt_tokens": 384, "max_new_tokens": 64, "dataset": "tiny/task", "device": "cpu"}
+    # Else freed memory of the size of a matrix stays in the process, in pieces.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"}
     for each in PLANS:
         config = replace(each.config, **own)
         planned = peak(plan(sizes, config, "cpu")) / GB + INTERPRETER
         with tempfile.TemporaryDirectory() as work:
-            config = replace(config, model=model, run_dir=str(Path(work, "run")), eval_interval=0)
-            config = replace(config, checkpoint_interval=0)
+            Path(work, "own.py").write_text(DIFFERS)
+            paths = {"model": model, "run_dir": f"{work}/run", "reward": [f"{work}/own.py:differs"]}
+            config = replace(config, eval_interval=0, checkpoint_interval=0, **paths)
             config.save(Path(work, "config.yaml"))
             line = [sys.executable, "train.py", f"--config={work}/config.yaml", *flags]
             line.append(f"--run_dir={work}/run")
@@ -226,8 +233,12 @@ def check(model: str, flags: list[str]) -> list[str]:
             rows = read_jsonl(Path(work, "run", "metrics.jsonl"))
         measured = max(row["perf/peak_memory_gb"] for row in rows)
         cells.append([each.words, f"{planned:.2f}", f"{measured:.2f}", f"{measured / planned:.2f}"])
+        assert all(row["train/grad_norm"] > 0 for row in rows), "every step has a gradient"
+        for part in ("time/step", "time/rollout", "time/update"):
+            cells[-1].append(f"{statistics.median(row[part] for row in rows[1:]):.1f}")
         print(" | ".join(cells[-1]), flush=True)
     head = [Path(model).name, "plan, GB", "measured, GB", "measured ÷ plan"]
+    head += ["s a step", "s of the rollout", "s of the update"]
     return [*table(head, cells), "", f"{machine()}; {versions()}"]
 
 
