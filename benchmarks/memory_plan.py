@@ -207,7 +207,7 @@ def differs(prompts, completions, **columns):
 
 
 def check(model: str, flags: list[str]) -> list[str]:
-    """Three steps of every plan with a model that is here: its peak beside the plan, its seconds."""
+    """Three steps of every plan with a model that is here: peak beside plan, and seconds."""
     sizes, cells = sizes_of(AutoConfig.from_pretrained(model)), []
     own = {
         "rollouts_per_step": 2,
