@@ -15,11 +15,12 @@ parts are unequal, and they always are (completions without a gradient are left 
 """
 
 import atexit
+import hashlib
 import io
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -34,8 +35,14 @@ from support.errors import UserError, silence
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LONGEST = timedelta(hours=2)  # that one process works alone, rewards not counted
+
+
 class SharedError(UserError):
-    """An error that every process has raised."""
+    """An error that every process has raised; the first one says it."""
+
+    shared = True
 
 
 def num_processes() -> int:
@@ -53,26 +60,37 @@ def processes(config: Config) -> Iterator[None]:
     """Connect the processes that a launcher has started, if it has; a UserError of one ends all.
 
     Raises:
-        UserError: there are fewer GPUs than processes.
+        UserError: there are fewer GPUs than processes, or no launcher has started them.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         yield
         return
     if not dist.is_initialized():
         connect(config)
     try:
-        yield
-        gather((None, None))  # an error at the end of another process must find this one here
+        try:
+            yield
+            gather((None, None))  # an error at the end of another process must find this one here
+        except SharedError:
+            raise
+        except UserError as error:
+            gather((None, str(error)))
     except SharedError:
+        atexit.register(farewell)
         raise
-    except UserError as error:
-        gather((None, str(error)))
 
 
 def connect(config: Config) -> None:
     """Open the process group; only the first process prints from here on."""
-    on_gpu, local = config.device != "cpu" and torch.cuda.is_available(), os.environ
-    here, gpus = int(local.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+    missing = [name for name in LAUNCHER if not os.environ.get(name)]
+    if missing or not os.environ["WORLD_SIZE"].isdecimal():
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {' '.join(missing) or 'the rest'} is "
+            "not set as a launcher does it; start several processes with torchrun "
+            "--nproc_per_node N train.py, or unset WORLD_SIZE."
+        )
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if on_gpu and here > gpus:
         raise UserError(
             f"{here} processes were started, and this machine has {gpus} GPUs: start one for each "
@@ -80,13 +98,21 @@ def connect(config: Config) -> None:
         )
     # Objects travel over gloo also where there are GPUs, and gradients over NCCL. The others wait
     # while one process asks its rewards, or the first one writes a checkpoint.
-    rewards = len(config.reward) * max(config.reward_timeout, 0.0)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2, seconds=rewards)
-    )
+    rewards = len(config.reward) * (config.reward_timeout or timedelta(days=30).total_seconds())
+    patience = LONGEST + timedelta(seconds=rewards)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     atexit.register(dist.destroy_process_group)  # another run of this process may come before
     if not is_main():
         silence()
+
+
+def farewell() -> None:
+    """Wait for the others before this process ends with an error.
+
+    A launcher ends all processes as soon as one has failed, also the first one while it saves.
+    """
+    with suppress(Exception):  # they may have ended already
+        dist.all_gather_object([None] * num_processes(), None)
 
 
 def share_out(
@@ -166,7 +192,7 @@ def others_alive() -> Iterator[None]:
         reason = " ".join(str(error).split())[:120]
         raise SharedError(
             f"Another process has ended, or has not answered for hours ({reason}); the reason "
-            "stands above, or in its own output. What was saved is whole: go on with --resume."
+            "stands above, or in its own output. If a checkpoint was saved, go on with --resume."
         ) from error
 
 
@@ -193,14 +219,24 @@ def in_any(flag: bool) -> bool:
     return any(exchange(lambda: flag))
 
 
-def check_equal(what: str, find: Callable[[], list[float]]) -> None:
-    """UserError if the processes do not find the same numbers, bit for bit."""
-    first, *others = exchange(find) if num_processes() > 1 else [None]
-    if any(numbers != first for numbers in others):
+def check_equal(what: str, find: Callable[[], Any]) -> None:
+    """UserError if the processes do not find the same numbers or texts, bit for bit."""
+    first, *others = exchange(lambda: repr(find())) if num_processes() > 1 else [""]
+    if any(numbers != first for numbers in others):  # as text, where NaN is NaN
         raise UserError(
-            f"The processes differ in {what}, so they would not train one model: the same files, "
-            "packages and kind of GPU are needed in all of them."
+            f"The processes differ in {what}, so they would not train one model: the same options, "
+            "files, packages and kind of GPU are needed in all of them."
         )
+
+
+def check_alike(run: Any) -> None:
+    """UserError if the processes of a run would not do the same, before any of them begins."""
+    config = {name: value for name, value in vars(run.config).items() if name != "device"}
+    check_equal("their options", lambda: sorted(config.items()))
+    check_equal("the step to go on from", lambda: (run.start_step, run.questions.position))
+    asked = [q.prompt_ids for q in (*run.questions.questions, *run.held_out)]
+    check_equal("the questions", lambda: hashlib.sha256(repr(asked).encode()).hexdigest())
+    check_equal("the weights to begin with", lambda: weight_sums(run.policy.model))
 
 
 def weight_sums(model: nn.Module) -> list[float]:

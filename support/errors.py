@@ -5,9 +5,11 @@ import functools
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 MOST_SHOWN = 24  # names in one sentence
+PATIENCE = 15.0  # seconds, longer than a launcher takes to end the others
 
 
 class UserError(Exception):
@@ -53,6 +55,19 @@ def is_first() -> bool:
     return os.environ.get("LOCAL_RANK") in (None, "", "0")
 
 
+def say(error: UserError) -> None:
+    """Print it, in one of the processes that a launcher has started.
+
+    What only this one knows it says itself: after a while, in which the launcher ends it if the
+    first one has met with the same.
+    """
+    if not is_first():
+        if getattr(error, "shared", False):
+            return
+        time.sleep(PATIENCE)
+    print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+
+
 def is_text(text: str) -> bool:
     """Whether text can be written as UTF-8: no half of a character (a lone surrogate) is in it."""
     try:
@@ -75,11 +90,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
-            if is_first():
-                print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+            say(error)
             code = 2
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+            if is_first():
+                print("stopped", file=sys.stderr)
             code = 130
         except BrokenPipeError:  # `python run.py | head`: whoever read has read enough
             silence()

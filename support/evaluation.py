@@ -68,7 +68,7 @@ def evaluate(
         the eval/ metrics as (sum, count).
     """
     greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         answers = [group.completions[0] for group in sample(questions, 1, greedy, show)]
     n, pairs = len(questions), list(zip(answers, questions, strict=True))
     said = [(q.opened + a.text, q.reference, a.truncated) for a, q in pairs]
@@ -94,7 +94,7 @@ def evaluate_samples(
     show: Callable[[Iterable], Iterable],
 ) -> Metrics:
     """pass@k with k = eval_samples: a question passes if any of its samples is right."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         groups = sample(questions, config.eval_samples, Sampling.of(config), show)
     right = [

@@ -8,12 +8,14 @@ them, set SIGALRM.
 
 import contextlib
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -71,7 +73,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restore_globals() -> Iterator[None]:
-    """Around a user's code: folder, alarm and torch's modes are afterwards what they were."""
+    """Around a user's code: folder, alarm, torch's modes and random numbers are put back after it.
+
+    The random numbers of the CPU; what is sampled follows from those.
+    """
+    drawn = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     folder, dtype, grad = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
     alarm = signal.getsignal(signal.SIGALRM) if has_alarm() else None
     start, (waiting, interval) = time.monotonic(), timer() if has_alarm() else (0.0, 0.0)
@@ -83,6 +89,9 @@ def restore_globals() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, left, interval)
             signal.signal(signal.SIGALRM, alarm or signal.SIG_DFL)
         os.chdir(folder)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        torch.random.set_rng_state(drawn[2])
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
 

@@ -25,6 +25,7 @@ from support.config import Config
 from support.config_file import read_config_file
 from support.distributed import (
     SharedError,
+    check_alike,
     check_equal,
     in_any,
     is_main,
@@ -62,8 +63,6 @@ def open_run(
         if resume:  # before its newest checkpoint is looked for
             on_main(lambda: hold(config, resume, held))
         run = build_on(config, resume, build)
-        check_equal("the step to go on from", lambda: [run.start_step])
-        check_equal("the weights to begin with", partial(weight_sums, run.policy.model))
         if run.start_step >= config.steps:
             raise UserError(
                 f"The run is already at step {run.start_step} of {config.steps}; raise --steps to "
@@ -139,9 +138,19 @@ def build_on(config: Config, resume: str | None, build: Callable[[Config, str | 
 
 
 def restore(run: Any, state: checkpoint.TrainerState | None) -> None:
-    """Put a run where a checkpoint was written; its weights are loaded already. None: as it is."""
-    if state is None:
-        return
+    """Put a run where a checkpoint was written; its weights are loaded already. None: as it is.
+
+    Raises:
+        UserError: another optimizer's state; or several processes that differ.
+    """
+    if state is not None:
+        put_back(run, state)
+    if num_processes() > 1:
+        check_alike(run)
+
+
+def put_back(run: Any, state: checkpoint.TrainerState) -> None:
+    """What a checkpoint holds beside the weights."""
     run.start_step, run.questions.position, run.skipped = state.step, state.position, state.skipped
     # Not strict: only an adaptive entropy bonus has a state.
     run.loss.load_state_dict(state.loss, strict=False)
@@ -259,14 +268,18 @@ def save_finished_steps(run: Any, step: int) -> Iterator[None]:
 class Interruption:
     """Ctrl-C, a polite kill, or a terminal that goes away: finish the step, save, stop.
 
-    A second signal stops at once.
+    A second signal stops at once. Of several processes each may hear of one signal twice, from the
+    system and from their launcher.
     """
+
+    ECHO = 3.0  # seconds
 
     HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
     SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 
     def __init__(self) -> None:
         self.came = False
+        self.time = 0.0
 
     def __enter__(self) -> Any:
         self.before: dict[int, Any] = {}
@@ -280,10 +293,15 @@ class Interruption:
 
     def handle(self, number: int, frame: Any) -> None:
         """Note the first signal; obey the second."""
+        several = num_processes() > 1
+        if several and self.came and time.monotonic() - self.time < self.ECHO:
+            return
         if self.came:
             raise KeyboardInterrupt
-        self.came = True
+        self.came, self.time = True, time.monotonic()
         log_line("\nstopping: this step is finished first; once more stops at once")
+        if several:
+            log_line("(torchrun ends it after 30 seconds, or after its --shutdown-timeout)")
 
     def __exit__(self, *details: Any) -> None:
         for number, handler in self.before.items():

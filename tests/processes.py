@@ -20,9 +20,13 @@ import train
 REWARDS = '''
 import os
 
+import torch
+
 
 def digits(prompts, completions, log_metric, **columns):
     """A number for each completion, and a metric of each."""
+    torch.manual_seed(0)  # which must not reach the sampling of the next round
+    torch.rand(len(completions))
     for text in completions:
         log_metric("letters", len(text))
     return [sum(letter.isdigit() for letter in text) / 10 for text in completions]

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from processes import REWARDS, record
 
 from objectives.table import OBJECTIVES
-from support.distributed import my_part
+from support import schedule
+from support.config import Config
+from support.distributed import my_part, processes
+from support.errors import UserError
 from support.model import load_model
 
 SMALL = [
@@ -162,21 +165,70 @@ def test_an_error_of_one_process_is_one_sentence(place, tmp_path):
     assert err.count("error: The reward") == 1 and "no such answer" in err, err
 
 
-def test_processes_that_differ_are_refused(tmp_path):
-    """One of them begins with other weights, as with another version of the model's files."""
-    program = tmp_path / "differ.py"
-    program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nreal = train.build\n"
-        "def build(*arguments):\n"
-        "    trainer = real(*arguments)\n"
-        "    next(trainer.policy.parameters()).data.view(-1)[3] += 0.25 * int(os.environ['RANK'])\n"
-        "    return trainer\n"
-        "train.build = build\ntrain.main(sys.argv[1:])\n"
-    )
+# What a program does to one of two processes, before `train.main` of its arguments.
+BEGIN = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from support import errors, schedule
+from support.monitor import Monitor
+own, argv = os.environ["RANK"] == "1", sys.argv[1:]
+"""
+OTHER_WEIGHTS = """
+real = train.restore
+def restore(run, state):
+    with train.torch.no_grad():
+        next(run.policy.parameters()).view(-1)[3] += 0.25 * own
+    real(run, state)
+train.restore = restore
+"""
+OTHER_OPTIONS = "argv += ['--lr=1e-9'] * own\n"
+MISTAKE = "errors.PATIENCE, argv = 1.0, argv + ['--lr=-1'] * own\n"
+LATE = """
+def fails(*arguments):
+    raise errors.UserError("This cannot be.") if own else None
+train.score, close = fails, Monitor.close
+Monitor.close = lambda monitor: time.sleep(4 * (not own)) or close(monitor)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "says", "made"),
+    [
+        (OTHER_WEIGHTS, "The processes differ in the weights to begin with", False),
+        (OTHER_OPTIONS, "The processes differ in their options", False),
+        (MISTAKE, "--lr is -1", False),
+        (LATE, "This cannot be.", True),
+    ],
+)
+def test_what_one_process_alone_meets_is_said_once(tmp_path, program, says, made):
+    """Other weights, other options, an error before they know of each other; and one that the first process says late."""
+    (tmp_path / "program.py").write_text(f"{BEGIN}{program}train.main(argv)\n")
     flags = [*SMALL, f"--dataset={FEW[0]}", f"--run_dir={tmp_path / 'run'}"]
-    code, _, err = launch(2, program, *flags)
-    assert code != 0 and err.count("error: The processes differ in the weights") == 1, err
-    assert not (tmp_path / "run").exists()
+    code, _, err = launch(2, tmp_path / "program.py", *flags)
+    assert code != 0 and err.count("error: ") == err.count(f"error: {says}") == 1, err
+    assert (tmp_path / "run").exists() == made
+
+
+def test_several_processes_need_a_launcher(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(UserError, match="start several processes with torchrun"),
+        processes(Config()),
+    ):
+        pass
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capsys):
+    """From the system and from the launcher; alone, the second one stops."""
+    stop = schedule.Interruption()
+    monkeypatch.setattr(schedule, "num_processes", lambda: 2)
+    stop.handle(signal.SIGTERM, None)
+    stop.handle(signal.SIGTERM, None)
+    stop.time -= stop.ECHO
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGTERM, None)
+    assert "--shutdown-timeout" in capsys.readouterr().out
 
 
 def checkpoints(run):
