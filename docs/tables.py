@@ -27,7 +27,7 @@ PAGES = (
     *(f"docs/{page}.md" for page in ("names", "objectives", "options", "reliability")),
 )
 ALGORITHM = ("train", "rollout", "reward", "loss", "replay_buffer")
-COMMANDS = ("run", "evaluate", "sft", "merge", "check_data")
+COMMANDS = ("run", "evaluate", "sft", "merge", "check_data", "to_verl")
 PAPERS = {
     "grpo": ("Group Relative Policy Optimization", "2402.03300"),
     "bnpo": ("TRL's name for GRPO's terms under a token mean", ""),
