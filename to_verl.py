@@ -131,6 +131,7 @@ def collect(config: Config, name: str, cluster: Cluster, since: str) -> dict[str
     beside = place_of(config.model) if adapter else ""
     found = entries(config, objective, cluster, model, beside)
     splits = read_questions(config, load_tokenizer(config.model))
+    load_tokenizer(model)  # for its sentence, if there is none
     seen_by_verl = AutoTokenizer.from_pretrained(model)
     verl_files.check_decoding([*TAGS.findall(config.system_prompt), "<answer>"], seen_by_verl)
     source, files = Path(config.dataset).name, {}
@@ -141,7 +142,8 @@ def collect(config: Config, name: str, cluster: Cluster, since: str) -> dict[str
             verl_files.row(*pair, index, split, source) for index, pair in pairs
         ]
     rewards, flags = rewards_by_place(config.reward), always(cluster, name)
-    facts = {"model": model, "since": since, "sampler": cluster.sampler, "name": name}
+    facts = {"name": verl_files.one_line(name), "model": model, "since": since}
+    facts |= {"sampler": cluster.sampler, "trainer": cluster.trainer}
     every = flags | {k: v for entry in found.values() for k, v in entry.flags.items()}
     files["run.sh"] = verl_files.run_script(name, every)
     files["reward.py"] = verl_files.reward_script(name, config, rewards, str(PROJECT))

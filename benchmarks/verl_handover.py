@@ -38,7 +38,7 @@ from typing import Any
 
 CACHE = Path.home() / ".cache" / "pocket-grpo" / "verl"
 TORCH = "torch==2.13.0"  # in the same command, so that nothing else chooses another
-# What verl's agent loop and reward manager import beside; its extra verl-core has it, and much more.
+# Beside verl, what its agent loop and reward manager import.
 VERL = ["verl==0.9.1", "cachetools", "fastapi", "uvicorn", "pyzmq", "msgspec"]
 GROUP, LONGEST, TOLERANCE = 4, 9, 1e-6
 

@@ -77,8 +77,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **ot
 DIFFERENCES = """\
 # {name}, handed over to verl {verl}
 
-Start it with `bash run.sh`, in an environment with verl {verl} and {sampler}. It begins with
-`{model}`, {since}.
+Start it with `bash run.sh`, in an environment with verl and its engines:
+`pip install "verl[{sampler},{trainer}]=={verl}"`. It begins with `{model}`, {since}.
 
 ## What is not the same
 
@@ -105,8 +105,8 @@ Flags that follow from no option: {always}.
 
 # What differs in silence, whatever the options are.
 SILENT = (
-    "Advantages are divided by std + 1e-6, the run's by std + 1e-4: with rewards of 0 and 1 a "
-    "difference below 0.04 %. In a group of equal rewards the run's advantages are exactly 0; "
+    "Advantages are divided by std + 1e-6, the run's by std + 1e-4: with rewards of 0 and 1 "
+    "and groups of 12 a difference below 0.04 %. In a group of equal rewards the run's advantages are exactly 0; "
     "verl's may be rounding noise divided by 1e-6, where the rewards are not sums of powers of 2.",
     "A reward sees one completion at a time: no group, no token ids, and `truncated` is always "
     "false. So an answer that is cut off in the middle of its tag may count as one. What no reward "
@@ -267,7 +267,7 @@ def differences(
 
     Args:
         always: the flags that follow from no option.
-        facts: `name` of the run, `model`, `since` (why that model), `sampler`.
+        facts: `name` of the run, `model`, `since` (why that model), `sampler`, `trainer`.
     """
     sentences = [f"`ppo_mini_batch_size` {entries['train_batch_size'].note}."]
     if not config.eval_interval:

@@ -203,7 +203,7 @@ def check_adapters(config: Config, cluster: Cluster) -> None:
     if config.quantize != "none":
         raise UserError(
             f"verl {VERL} does not train adapters beside weights in 4 bits; give --quantize none "
-            "to hand the run over with frozen weights in 16 bits."
+            "and --model with the base model, to begin again without them."
         )
     if config.adapter_rank and config.adapter_alpha != int(config.adapter_alpha):
         raise UserError(
@@ -303,7 +303,7 @@ def of_model(config: Config, cluster: Cluster, model: str, adapter: str) -> dict
     none = "" if config.adapter_rank else "there are no adapters"
     return {
         "model": Entry(start),
-        "precision": Entry(precision_flags(config.precision, cluster)),
+        "precision": Entry(precision_flags(config.precision, cluster), precision_note(config)),
         "adapter_rank": Entry(lora["rank"], none),
         "adapter_alpha": Entry(lora["alpha"], none),
         "adapter_targets": Entry(lora["targets"], none or "Megatron's four kinds of linear layers"),
@@ -325,6 +325,16 @@ def precision_flags(precision: str, cluster: Cluster) -> dict[str, Any]:
             kinds = ("param_dtype", "reduce_dtype", "buffer_dtype")
             flags[f"+{part}.fsdp_config.mixed_precision"] = dict.fromkeys(kinds, "fp32")
     return flags
+
+
+def precision_note(config: Config) -> str:
+    """What is stored otherwise than in the run."""
+    if config.adapter_rank and config.precision == "bf16":
+        return (
+            "FSDP keeps frozen weights and adapters alike, so both are in fp32 here; with "
+            "model_dtype=bf16 both are in bf16"
+        )
+    return ""
 
 
 def checkpointing_flags(config: Config, cluster: Cluster) -> dict[str, Any]:
