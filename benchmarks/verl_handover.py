@@ -117,15 +117,16 @@ CHOICES = [
         for action in ("truncate", "mask")
     ),
 ]
+MEGATRON = ["--trainer=megatron", "--tensor_parallel=2", "--precision=bf16"]
 # Machines, engines, precisions, adapters: their flags are composed.
 PLACES = [
     ["--rollouts_per_step=32", "--group_size=12", "--train_batch_size=96", "--gpus=8", "--nodes=8"],
-    ["--trainer=megatron", "--tensor_parallel=2", "--gradient_checkpointing=true"],
+    [*MEGATRON, "--gradient_checkpointing=true", "--warmup_steps=5"],
     ["--sampler=sglang", "--precision=bf16", "--warmup_steps=10"],
     ["--precision=bf16-pure", "--optimizer=adamw_8bit", "--kl_weight=0.01"],
     ["--adapter_rank=16"],
     ["--adapter_rank=16", "--adapter_targets", "q_proj", "v_proj", "--sampler=sglang"],
-    ["--adapter_rank=16", "--trainer=megatron", "--tensor_parallel=2"],
+    [*MEGATRON, "--adapter_rank=16"],
     ["--objective=dapo", "--mask_truncated=false", "--eval_interval=0"],
 ]
 USER_REWARD = (
@@ -402,13 +403,12 @@ def loss_difference(folder: Path, flags: list[str], scale: float) -> tuple[float
     for spread in (0.3, 3.0):
         for seed in range(5):
             drawn = draw(spread, seed, scale)
-            (value, gradient), (other, theirs_gradient) = (
-                our_loss(config, drawn),
-                verl_loss(theirs, drawn),
-            )
-            size = gradient.abs()
-            in_value = (value - other).abs() / torch.maximum(value.abs(), size.sum())
-            in_gradient = (gradient - theirs_gradient).abs().max() / size.max()
+            value, gradient = our_loss(config, drawn)
+            other, their_gradient = verl_loss(theirs, drawn)
+            size = gradient.abs()  # 0 where no group teaches anything
+            largest, total = size.max().clamp(min=1e-30), size.sum().clamp(min=1e-30)
+            in_value = (value - other).abs() / torch.maximum(value.abs(), total)
+            in_gradient = (gradient - their_gradient).abs().max() / largest
             for i, found in enumerate((in_value, in_gradient)):
                 worst[i] = max(worst[i], float(found.nan_to_num(nan=torch.inf)))
     return worst[0], worst[1]

@@ -198,8 +198,8 @@ def refuse_tokens(o: Any) -> str | None:
     return None
 
 
-def check_adapters(config: Config, cluster: Cluster) -> None:
-    """UserError for a way of training that verl does not have."""
+def check_training(config: Config, cluster: Cluster) -> None:
+    """UserError for a way of training that verl does not have: adapters, 4 bits, precision."""
     if config.quantize != "none":
         raise UserError(
             f"verl {VERL} does not train adapters beside weights in 4 bits; give --quantize none "
@@ -220,6 +220,10 @@ def check_adapters(config: Config, cluster: Cluster) -> None:
             "Megatron's layers have other names than those of --adapter_targets "
             f"{' '.join(config.adapter_targets)}; give --adapter_targets all-linear, or "
             "--trainer fsdp."
+        )
+    if config.precision == "fp32" and cluster.megatron:
+        raise UserError(
+            "verl's Megatron computes in 16 bits only; give --precision bf16, or --trainer fsdp."
         )
     if config.optimizer == "adamw_8bit" and cluster.megatron:
         raise UserError(
@@ -242,7 +246,7 @@ def entries(
         UserError: something has no equivalent in verl.
     """
     check_method(objective)
-    check_adapters(config, cluster)
+    check_training(config, cluster)
     sizes = find_sizes(config, objective, cluster)
     return {
         **of_run(config, objective, cluster),

@@ -85,7 +85,7 @@ def given(folder):
 )
 def test_every_option_is_a_flag_or_explained(objective, cluster):
     """A new option of Config fails here until support/verl_flags.py has an entry for it."""
-    config = Config(**TINY, objective=objective, adapter_rank=8)
+    config = Config(**{**TINY, "precision": "bf16"}, objective=objective, adapter_rank=8)
     found = entries(config, objective_of(config), cluster, "MODEL", "")
     assert set(found) == {field.name for field in dataclasses.fields(Config)}
     for name, entry in found.items():
@@ -183,7 +183,8 @@ REFUSED = [
     (["--baseline_reward_weight=0.5"], "--baseline_reward_weight"),
     (["--adapter_rank=8", "--quantize=4bit"], "weights in 4 bits; give --quantize none"),
     (["--adapter_rank=8", "--adapter_alpha=0.5"], "whole number"),
-    (["--adapter_rank=8", "--adapter_targets=q_proj", "--trainer=megatron"], "--adapter_targets"),
+    (["--adapter_rank=8", "--adapter_targets=q_proj", "--trainer=megatron", "--precision=bf16"], "--adapter_targets"),
+    (["--trainer=megatron"], "computes in 16 bits only"),  # the preset is in fp32
     (["--reward=length_penalty"], "without its group and its token ids"),
     (["--reward=soft_overlong"], "without its group and its token ids"),
     (["--reward=model:judge"], "reward model on GPUs of its own"),
@@ -390,10 +391,17 @@ def test_engines_and_adapters_have_their_lines(hand_over):
     assert lora["actor_rollout_ref.model.lora_rank"] == 16
     assert lora["actor_rollout_ref.model.target_modules"] == ["q_proj", "v_proj"]
     assert lora["actor_rollout_ref.rollout.load_format"] == "safetensors"
-    megatron = flags_of(Cluster(2, 8, "megatron", "sglang", 2), adapter_rank=16)
+    cluster = Cluster(2, 8, "megatron", "sglang", 2)
+    megatron = flags_of(cluster, adapter_rank=16, precision="bf16")
     assert megatron["actor_rollout_ref.model.lora.rank"] == 16
     assert not [name for name in megatron if "fsdp" in name]
-    folder = hand_over("--trainer=megatron", "--sampler=sglang", "--tensor_parallel=2", "--nodes=2")
+    folder = hand_over(
+        "--trainer=megatron",
+        "--precision=bf16",
+        "--sampler=sglang",
+        "--tensor_parallel=2",
+        "--nodes=2",
+    )
     found = given(folder)
     assert (
         found["model_engine"] == "megatron" and found["actor_rollout_ref.rollout.name"] == "sglang"
