@@ -26,6 +26,7 @@ is a figure of its own.
 import argparse
 import asyncio
 import contextlib
+import functools
 import io
 import json
 import os
@@ -65,7 +66,7 @@ try:
     import torch
     import verl
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
     from torch import Tensor
     from transformers import AutoTokenizer
     from verl import DataProto
@@ -129,9 +130,11 @@ PLACES = [
     [*MEGATRON, "--adapter_rank=16"],
     ["--objective=dapo", "--mask_truncated=false", "--eval_interval=0"],
 ]
-USER_REWARD = (
-    "def short(prompts, completions, **columns):\n    return [-len(c) / 70 for c in completions]\n"
-)
+USER_REWARD = """
+def short(prompts, completions, **columns):
+    return [-len(completion) / 70 for completion in completions]
+"""
+WHOLE = "--dataset=tiny/task"
 
 
 # --------------------------------------------------------------------- a hand-over, read back
@@ -150,8 +153,9 @@ def settings(folder: Path, flags: list[str]) -> list[str]:
 
 def config_of(folder: Path, flags: list[str]) -> Config:
     """Our settings."""
-    machines = tuple(f"--{name}" for name in to_verl.FLAGS)
-    return parse_config([f for f in settings(folder, flags) if not f.startswith(machines)])[0]
+    machines = {f"--{name}" for name in to_verl.FLAGS}
+    ours = [flag for flag in settings(folder, flags) if flag.split("=")[0] not in machines]
+    return parse_config(ours)[0]
 
 
 def hand_over(folder: Path, flags: list[str]) -> None:
@@ -176,6 +180,7 @@ def given_flags(folder: Path) -> list[str]:
     return words[2:]
 
 
+@functools.cache
 def composed(folder: Path) -> Any:
     """verl's configuration from run.sh, accepted by its own check."""
     place = Path(verl.__file__).parent / "trainer" / "config"
@@ -461,15 +466,8 @@ def methods(folder: Path) -> tuple[list[list[str]], list[str], list[str]]:
         value, gradient = loss_difference(place, flags, 1e6)
         with_guard = max(loss_difference(place, flags, 1.0))
         actor = composed(place).actor_rollout_ref.actor
-        rows.append(
-            [
-                words,
-                actor.policy_loss.loss_mode,
-                f"{value:.0e}",
-                f"{gradient:.0e}",
-                f"{with_guard:.0e}",
-            ]
-        )
+        figures = [f"{figure:.0e}" for figure in (value, gradient, with_guard)]
+        rows.append([words, actor.policy_loss.loss_mode, *figures])
         print(*rows[-1], flush=True)
         if max(value, gradient) > TOLERANCE:
             wrong.append(f"{words}: differs by {max(value, gradient):.1e}")
@@ -495,25 +493,19 @@ def main() -> None:
 
 def report(folder: Path) -> tuple[list[str], list[str]]:
     """The whole of results/verl_handover.md, and what is not as it should be."""
-    rows, refused, wrong = methods(folder)
-    said, lines = [], []
+    said, lines, wrong = [], [], []
     for i, flags in enumerate(PLACES):
         # A quote, a space and a dollar: what run.sh must survive.
         place = folder / f"it's $place {i}"
         hand_over(place, flags)
-        config = composed(place)
+        composed(place)  # or an exception
         lines.append("- `" + " ".join(f.removeprefix("--") for f in flags) + "`")
-        if not OmegaConf.is_config(config):
-            wrong.append(" ".join(flags))
-    for i, flags in enumerate(
-        ([], [f"--system_prompt={SYSTEM_PROMPT}", "--max_prompt_tokens=600"])
-    ):
-        hand_over(folder / f"prompts-{i}", flags)
-        count, equal = equal_prompts(folder / f"prompts-{i}", flags)
-        with_system = "with" if flags else "without"
-        said.append(
-            f"Prompt ids, {with_system} a system prompt: {equal} of {count} rows equal ours."
-        )
+        print(lines[-1], flush=True)
+    system = [f"--system_prompt={SYSTEM_PROMPT}", "--max_prompt_tokens=600"]
+    for kind, flags in (("without", [WHOLE]), ("with", [WHOLE, *system])):
+        hand_over(folder / kind, flags)
+        count, equal = equal_prompts(folder / kind, flags)
+        said.append(f"Prompt ids, {kind} a system prompt: {equal} of {count} rows equal ours.")
         wrong += [] if count == equal else [said[-1]]
     own = folder / "own.py"
     own.write_text(USER_REWARD, encoding="utf-8")
@@ -530,10 +522,11 @@ def report(folder: Path) -> tuple[list[str], list[str]]:
         flags = [f"--warmup_steps={steps}"]
         hand_over(folder / f"warm-{steps}", flags)
         found = rate_difference(folder / f"warm-{steps}", flags)
-        said.append(
-            f"Learning rate of 20 rollouts, warm-up {steps}: largest difference {found:.0e}."
-        )
+        said.append(f"Learning rate of 20 rollouts, warm-up {steps}: difference {found:.0e}.")
         wrong += [] if found < TOLERANCE else [said[-1]]
+    print(*said, sep="\n", flush=True)
+    rows, refused, differ = methods(folder)
+    wrong += differ
     return page(rows, refused, wrong, said, lines), wrong
 
 
