@@ -305,12 +305,13 @@ def of_model(config: Config, cluster: Cluster, model: str, adapter: str) -> dict
         if cluster.megatron:
             lora["targets"] = {}
     none = "" if config.adapter_rank else "there are no adapters"
+    of_layers = "all linear layers, under Megatron's names" if cluster.megatron else ""
     return {
         "model": Entry(start),
         "precision": Entry(precision_flags(config.precision, cluster), precision_note(config)),
         "adapter_rank": Entry(lora["rank"], none),
         "adapter_alpha": Entry(lora["alpha"], none),
-        "adapter_targets": Entry(lora["targets"], none or "Megatron's four kinds of linear layers"),
+        "adapter_targets": Entry(lora["targets"], none or of_layers),
         "quantize": Entry(note="nothing is stored in 4 bits"),
         "gradient_checkpointing": Entry(checkpointing_flags(config, cluster)),
     }
