@@ -198,7 +198,7 @@ def refuse_tokens(o: Any) -> str | None:
     return None
 
 
-def check_training(config: Config, cluster: Cluster) -> None:
+def check_training(config: Config, cluster: Cluster, adapter: str) -> None:
     """UserError for a way of training that verl does not have: adapters, 4 bits, precision."""
     if config.quantize != "none":
         raise UserError(
@@ -220,6 +220,11 @@ def check_training(config: Config, cluster: Cluster) -> None:
             "Megatron's layers have other names than those of --adapter_targets "
             f"{' '.join(config.adapter_targets)}; give --adapter_targets all-linear, or "
             "--trainer fsdp."
+        )
+    if adapter and cluster.megatron:
+        raise UserError(
+            f"Megatron cannot read the adapter in {adapter}; merge it into its base model (python "
+            "merge.py) and give --model the merged one, or give --trainer fsdp."
         )
     if config.precision == "fp32" and cluster.megatron:
         raise UserError(
@@ -246,7 +251,7 @@ def entries(
         UserError: something has no equivalent in verl.
     """
     check_method(objective)
-    check_training(config, cluster)
+    check_training(config, cluster, adapter)
     sizes = find_sizes(config, objective, cluster)
     return {
         **of_run(config, objective, cluster),
@@ -289,29 +294,22 @@ def of_model(config: Config, cluster: Cluster, model: str, adapter: str) -> dict
     start = {f"{MODEL}.path": model}
     if adapter:
         start[f"{MODEL}.lora_adapter_path"] = adapter
-        if cluster.megatron:
-            start = {f"{MODEL}.path": model, f"{MODEL}.lora.adapter_path": adapter}
-    lora: dict[str, dict[str, Any]] = {"rank": {}, "alpha": {}, "targets": {}}
+    rank, alpha, targets = {}, {}, {}
     if config.adapter_rank:
-        targets = config.adapter_targets
         kept = f"{MODEL}.lora." if cluster.megatron else f"{MODEL}.lora_"
-        lora = {
-            "rank": {f"{kept}rank": config.adapter_rank, f"{ROLLOUT}.load_format": "safetensors"},
-            "alpha": {f"{kept}alpha": int(config.adapter_alpha)},
-            "targets": {
-                f"{MODEL}.target_modules": targets[0] if targets == ["all-linear"] else targets
-            },
-        }
-        if cluster.megatron:
-            lora["targets"] = {}
+        rank = {f"{kept}rank": config.adapter_rank, f"{ROLLOUT}.load_format": "safetensors"}
+        alpha = {f"{kept}alpha": int(config.adapter_alpha)}
+    if config.adapter_rank and not cluster.megatron:
+        names = config.adapter_targets
+        targets[f"{MODEL}.target_modules"] = names[0] if names == ["all-linear"] else names
     none = "" if config.adapter_rank else "there are no adapters"
     of_layers = "all linear layers, under Megatron's names" if cluster.megatron else ""
     return {
         "model": Entry(start),
         "precision": Entry(precision_flags(config.precision, cluster), precision_note(config)),
-        "adapter_rank": Entry(lora["rank"], none),
-        "adapter_alpha": Entry(lora["alpha"], none),
-        "adapter_targets": Entry(lora["targets"], none or of_layers),
+        "adapter_rank": Entry(rank, none),
+        "adapter_alpha": Entry(alpha, none),
+        "adapter_targets": Entry(targets, none or of_layers),
         "quantize": Entry(note="nothing is stored in 4 bits"),
         "gradient_checkpointing": Entry(checkpointing_flags(config, cluster)),
     }

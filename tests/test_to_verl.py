@@ -386,6 +386,14 @@ def test_a_checkpoint_is_the_start_model(hand_over, tmp_path, few_questions, cap
     assert "checkpoint-2" not in (tmp_path / "other" / "run.sh").read_text()
 
 
+def test_an_adapter_is_handed_over_beside_its_base():
+    config = Config(**{**TINY, "precision": "bf16"}, adapter_rank=8)
+    found = entries(config, objective_of(config), Cluster(), "BASE", "ADAPTER")["model"].flags
+    assert [*found.values()] == ["BASE", "ADAPTER"]
+    with pytest.raises(UserError, match="cannot read the adapter in ADAPTER; merge it"):
+        entries(config, objective_of(config), Cluster(trainer="megatron"), "BASE", "ADAPTER")
+
+
 def test_engines_and_adapters_have_their_lines(hand_over):
     lora = flags_of(adapter_rank=16, adapter_targets=["q_proj", "v_proj"])
     assert lora["actor_rollout_ref.model.lora_rank"] == 16
