@@ -118,8 +118,8 @@ SILENT = (
     "`data.shuffle` is off: the first pass asks the same questions in the same steps. verl repeats "
     "this order in each pass and drops the questions that do not fill a step at its end; the run "
     "has another order in each pass, and drops none.",
-    "The reference of the KL is the model that verl starts with. The state of the optimizer is not "
-    "handed over, and the warm-up begins anew.",
+    "The reference of the KL is the model that verl starts with (with adapters: without them). The "
+    "state of the optimizer is not handed over, and the warm-up begins anew.",
     "Completions are sampled by {sampler}, whose arithmetic differs from the trainer's. verl logs "
     "the gap (`rollout_probs_diff_mean`); `--sampler_correction token_truncate` corrects for it.",
     "A validation logs the mean of the weighted reward and of each reward by its name. The run's "
