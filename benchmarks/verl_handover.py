@@ -35,7 +35,9 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 CACHE = Path.home() / ".cache" / "pocket-grpo" / "verl"
 TORCH = "torch==2.13.0"  # in the same command, so that nothing else chooses another
@@ -135,6 +137,10 @@ def short(prompts, completions, **columns):
     return [-len(completion) / 70 for completion in completions]
 """
 WHOLE = "--dataset=tiny/task"
+# The check of adapters asks vLLM which ranks it serves, and vLLM is not here.
+RANKS = SimpleNamespace(get_vllm_max_lora_rank=int)
+PACKAGE = "verl.workers.rollout.vllm_rollout"
+NO_VLLM = {PACKAGE: SimpleNamespace(utils=RANKS), f"{PACKAGE}.utils": RANKS}
 
 
 # --------------------------------------------------------------------- a hand-over, read back
@@ -188,7 +194,7 @@ def composed(folder: Path) -> Any:
         config = compose("ppo_trainer", overrides=given_flags(folder))
     actor = config.actor_rollout_ref.actor
     has_reference = actor.use_kl_loss or config.algorithm.use_kl_in_reward
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(sys.modules, NO_VLLM):
         validate_config(config, has_reference, use_critic=False)
     for name in ("train_files", "val_files"):
         assert Path(config.data[name]).is_file(), config.data[name]
