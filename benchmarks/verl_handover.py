@@ -93,6 +93,7 @@ from reward import REWARDS, score  # noqa: E402
 from rollout import Completion, Group  # noqa: E402
 from support.command_line import parse_config  # noqa: E402
 from support.config import SYSTEM_PROMPT, Config  # noqa: E402
+from support.data import Question  # noqa: E402
 from support.model import load_tokenizer, set_learning_rate  # noqa: E402
 from support.prompts import build_prompt  # noqa: E402
 from support.user_rewards import load_rewards  # noqa: E402
@@ -230,14 +231,17 @@ def equal_prompts(folder: Path, flags: list[str]) -> tuple[int, int]:
 # --------------------------------------------------------------------- rewards
 
 
-def texts_for(reference: str, i: int) -> str:
-    """A completion: right, wrong, without a tag, with working, repeating itself."""
+def text_for(question: Question, i: int) -> str:
+    """A completion: right, wrong, without a tag, with working, repeating itself.
+
+    In words of the bundled vocabulary: `<|unknown|>` is a special token, which verl takes away.
+    """
     kinds = (
-        f"<answer>{reference}</answer>",
+        f"<answer>{question.reference}</answer>",
         f"<answer>{i}</answer>",
-        f"<think>3 + {i} = {reference}</think><answer>{reference}</answer>",
-        f"The answer is {reference}.",
-        f"so so so so so so <answer> {reference} </answer>",
+        f"<think>{i} + 3 = {question.reference}</think><answer>{question.reference}</answer>",
+        question.reference,
+        f"{question.question} {question.question}<answer> {question.reference}</answer>",
     )
     return kinds[i % len(kinds)]
 
@@ -253,9 +257,10 @@ def same_rewards(folder: Path, flags: list[str], count: int = 100) -> tuple[int,
     questions = to_verl.read_questions(config, tokenizer)["train"][:count]
     groups, single = [], []
     for i, question in enumerate(questions):
-        ids = tokenizer(texts_for(question.reference, i), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text_for(question, i), add_special_tokens=False)["input_ids"]
         ids.append(tokenizer.eos_token_id)
         text = tokenizer.decode(ids[:-1])
+        assert text == tokenizer.decode(ids, skip_special_tokens=True), text
         groups.append(Group(question, [Completion(ids, text, False)]))
         row, prompt = dataset[i], question.prompt_ids
         tensors = {
@@ -521,7 +526,7 @@ def report(folder: Path) -> tuple[list[str], list[str]]:
     count, equal = same_rewards(folder / "rewards", flags)
     said.append(
         f"Rewards (accuracy, format, repetition and one of a user's file, weighted): {equal} of "
-        f"{count} completions have exactly our weighted sum."
+        f"{count} completions, without special tokens in them, have exactly our weighted sum."
     )
     wrong += [] if count == equal else [said[-1]]
     for steps in (0, 10):
