@@ -547,7 +547,7 @@ def page(
     """The report as Markdown."""
     head = ["what is handed over", "verl's loss", "value", "gradient", "rewards of 0 and 1"]
     return [
-        f"`python benchmarks/verl_handover.py` on {machine()}; {versions()}, verl "
+        f"`python benchmarks/verl_handover.py` on {machine()}, no GPU; {versions()}, verl "
         f"{verl.__version__}",
         "",
         f"Not as it should be: {len(wrong)}.",
