@@ -59,7 +59,7 @@ KILLED = (
     f"--checkpoint_interval={INTERVAL} --keep_checkpoints=2"
 ).split()
 SCALED = (
-    "--preset=laptop --system_prompt= --rollouts_per_step=6 --group_size=8 --train_batch_size=48 "
+    "--preset=laptop --system_prompt= --rollouts_per_step=4 --group_size=6 --train_batch_size=24 "
     "--micro_batch_size=8 --max_new_tokens=64 --eval_interval=0 --checkpoint_interval=0 "
     "--precision=fp32 --reward=repetition"
 )
@@ -205,7 +205,7 @@ def scaling(model: str, dataset: str, rounds: int, folder: Path) -> dict[int, li
     for number in range(rounds):
         for count in rows:
             out, run = folder / f"{number}-{count}.jsonl", folder / f"{number}-{count}"
-            argv = [f"--model={model}", f"--dataset={dataset}", f"--run_dir={run}", "--steps=4"]
+            argv = [f"--model={model}", f"--dataset={dataset}", f"--run_dir={run}", "--steps=3"]
             child = [__file__, "--child", str(out), *SCALED.split(), *argv]
             command = [*LAUNCHER, str(count), *child] if count > 1 else [sys.executable, *child]
             subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, stdout=sys.stderr)
@@ -240,7 +240,7 @@ def report_scaling(rows: dict[int, list[dict]], argv: list[str], sizes: int) -> 
         "",
         f"Medians of {len(rows[1])} steps each, in turns: two processes take {one / two:.2f} "
         f"times less time than one. {sizes / 1e6:.0f} million parameters: their gradients are "
-        f"{4 * sizes / 1e6:.0f} MB. A step is 6 × 8 completions of 64 tokens at the most, one "
+        f"{4 * sizes / 1e6:.0f} MB. A step is 4 × 6 completions of 64 tokens at the most, one "
         "optimizer step, fp32.",
         "",
         *table(head, body),

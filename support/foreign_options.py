@@ -158,7 +158,8 @@ ABSENT = {
         "GRPO has no value function",
     ),
     "lora_dropout": "the log-probabilities of sampling and of training would differ at random",
-    **dict.fromkeys(("deepspeed", "fsdp", "n_gpus_per_node", "nnodes"), "a run has one device"),
+    **dict.fromkeys(("deepspeed", "fsdp"), "each GPU has the whole model; to_verl.py hands over"),
+    **dict.fromkeys(("n_gpus_per_node", "nnodes"), "that is an option of torchrun"),
     **dict.fromkeys(
         ("report_to", "logging_steps", "wandb", "wandb_project", "logger"),
         "each step goes to TensorBoard and to a file",
