@@ -57,12 +57,17 @@ KILLED = (
     "--train_batch_size=13 --micro_batch_size=4 --epochs_per_step=2 --kl_weight=0.05 "
     "--max_new_tokens=24 --eval_interval=10 --eval_questions=20 "
     f"--checkpoint_interval={INTERVAL} --keep_checkpoints=2"
-).split()
+)
 SCALED = (
     "--preset=laptop --system_prompt= --rollouts_per_step=4 --group_size=6 --train_batch_size=24 "
     "--micro_batch_size=8 --max_new_tokens=64 --eval_interval=0 --checkpoint_interval=0 "
     "--precision=fp32 --reward=repetition"
 )
+KINDS = {  # processes in a run, runs at a time
+    "one process": (1, 1),
+    "two processes": (2, 1),
+    "one process, and another run beside it": (1, 2),
+}
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 # Bytes a second that a GPU sends in one direction: an H100's data sheet; 400 Gb/s InfiniBand; TCP.
 NVLINK, NETWORK, HOST = 450e9, 50e9, 1e9
@@ -199,23 +204,30 @@ def measure(out: str, argv: list[str]) -> None:
     train.main(argv)
 
 
-def scaling(model: str, dataset: str, rounds: int, folder: Path) -> dict[int, list[dict]]:
-    """The rows of each step but the first of each run, by number of processes."""
-    rows: dict[int, list[dict]] = {1: [], 2: []}
+def scaling(model: str, dataset: str, rounds: int, folder: Path) -> dict[str, list[dict]]:
+    """The rows of each step but the first of each run, by kind."""
+    rows: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for number in range(rounds):
-        for count in rows:
-            out, run = folder / f"{number}-{count}.jsonl", folder / f"{number}-{count}"
-            argv = [f"--model={model}", f"--dataset={dataset}", f"--run_dir={run}", "--steps=3"]
-            child = [__file__, "--child", str(out), *SCALED.split(), *argv]
-            command = [*LAUNCHER, str(count), *child] if count > 1 else [sys.executable, *child]
-            subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, stdout=sys.stderr)
-            rows[count] += read_jsonl(out)[1:]
-            shown = statistics.median(row["seconds"] for row in rows[count])
-            print(f"round {number + 1}, {count} processes: {shown:.2f} s a step", flush=True)
+        for place, (kind, (count, runs)) in enumerate(KINDS.items()):
+            names = [folder / f"{number}-{place}-{i}" for i in range(runs)]
+            started = [begin(count, model, dataset, name) for name in names]
+            if any([process.wait() for process in started]):
+                raise UserError(f"A run of {kind} failed.")
+            rows[kind] += [row for name in names for row in read_jsonl(Path(f"{name}.jsonl"))[1:]]
+            shown = statistics.median(row["seconds"] for row in rows[kind])
+            print(f"round {number + 1}, {kind}: {shown:.2f} s a step", flush=True)
     return rows
 
 
-def report_scaling(rows: dict[int, list[dict]], argv: list[str], sizes: int) -> list[str]:
+def begin(count: int, model: str, dataset: str, run: Path) -> subprocess.Popen:
+    """Three steps in so many processes, which write their rows beside the run."""
+    argv = [f"--model={model}", f"--dataset={dataset}", f"--run_dir={run}", "--steps=3"]
+    child = [__file__, "--child", f"{run}.jsonl", *SCALED.split(), *argv]
+    command = [*LAUNCHER, str(count), *child] if count > 1 else [sys.executable, *child]
+    return subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=sys.stderr)
+
+
+def report_scaling(rows: dict[str, list[dict]], argv: list[str], sizes: int) -> list[str]:
     """The lines of results/processes.md."""
     medians = {
         count: {
@@ -224,8 +236,8 @@ def report_scaling(rows: dict[int, list[dict]], argv: list[str], sizes: int) -> 
         }
         for count, some in rows.items()
     }
-    one, two = medians[1]["seconds"], medians[2]["seconds"]
-    head = ["processes", "s a step", "waiting", "objects", "gradients", "objects, MB"]
+    one, two, beside = (each["seconds"] for each in medians.values())
+    head = ["what runs", "s a step", "waiting", "objects", "gradients", "objects, MB"]
     body = [
         [
             count,
@@ -238,8 +250,10 @@ def report_scaling(rows: dict[int, list[dict]], argv: list[str], sizes: int) -> 
     return [
         f"`{command_line(argv)}`, {machine()}; {versions()}; one thread for each process.",
         "",
-        f"Medians of {len(rows[1])} steps each, in turns: two processes take {one / two:.2f} "
-        f"times less time than one. {sizes / 1e6:.0f} million parameters: their gradients are "
+        f"Medians of {min(map(len, rows.values()))} steps or more, in turns. One step takes "
+        f"{one / two:.2f} times as long in one process as in two. Two runs at a time, which know "
+        f"nothing of each other, do {2 * one / beside:.2f} times the work of one: more these two "
+        f"cores do not give. {sizes / 1e6:.0f} million parameters: their gradients are "
         f"{4 * sizes / 1e6:.0f} MB. A step is 4 × 6 completions of 64 tokens at the most, one "
         "optimizer step, fp32.",
         "",
