@@ -211,7 +211,7 @@ def scaling(model: str, dataset: str, rounds: int, folder: Path) -> dict[str, li
         for place, (kind, (count, runs)) in enumerate(KINDS.items()):
             names = [folder / f"{number}-{place}-{i}" for i in range(runs)]
             started = [begin(count, model, dataset, name) for name in names]
-            if any([process.wait() for process in started]):
+            if sum(process.wait() != 0 for process in started):
                 raise UserError(f"A run of {kind} failed.")
             rows[kind] += [row for name in names for row in read_jsonl(Path(f"{name}.jsonl"))[1:]]
             shown = statistics.median(row["seconds"] for row in rows[kind])
