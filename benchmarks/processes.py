@@ -5,7 +5,7 @@
     python benchmarks/processes.py plan                        bytes of a step beside a network
 
 `kills`: a run in two or three processes loses one of them at a random moment, any of them, and is
-resumed with another number of processes, until it is done. What was saved must be whole, no kill
+resumed in two or three processes, until it is done. What was saved must be whole, no kill
 may cost more steps than checkpoint_interval, and the launcher must end by itself.
 
 `scaling`: each process has one thread, and the contenders take turns. The time of each exchange is
@@ -146,9 +146,9 @@ def report_kills(found: dict[str, Any], argv: list[str]) -> list[str]:
     return [
         f"`{command_line(argv)}`, {machine()}; {versions()}.",
         "",
-        f"{len(lost)} kills in {found['runs']} runs of 60 steps, each resumed with another number "
-        f"of processes; steps lost by a kill: {max(lost)} at the most (checkpoint_interval is "
-        f"{INTERVAL}), {statistics.mean(lost):.2f} on average; the launcher had ended after "
+        f"{len(lost)} kills (in runs of 60 steps: {found['runs']}), each resumed in two or three "
+        f"processes, by chance, and ended in one; steps lost by a kill: {max(lost)} at the most "
+        f"(checkpoint_interval is {INTERVAL}), {statistics.mean(lost):.2f} on average; the launcher had ended after "
         f"{statistics.median(seconds):.1f} s, {max(seconds):.1f} s at the most; damaged "
         "checkpoints: 0; every step once in metrics.jsonl.",
         "",
