@@ -148,9 +148,9 @@ def report_kills(found: dict[str, Any], argv: list[str]) -> list[str]:
         "",
         f"{len(lost)} kills (in runs of 60 steps: {found['runs']}), each resumed in two or three "
         f"processes, by chance, and ended in one; steps lost by a kill: {max(lost)} at the most "
-        f"(checkpoint_interval is {INTERVAL}), {statistics.mean(lost):.2f} on average; the launcher had ended after "
-        f"{statistics.median(seconds):.1f} s, {max(seconds):.1f} s at the most; damaged "
-        "checkpoints: 0; every step once in metrics.jsonl.",
+        f"(checkpoint_interval is {INTERVAL}), {statistics.mean(lost):.2f} on average; the "
+        f"launcher had ended after {statistics.median(seconds):.1f} s, {max(seconds):.1f} s at "
+        "the most; damaged checkpoints: 0; every step once in metrics.jsonl.",
         "",
         *table(["killed", "times"], sorted(found["who"].items())),
     ]
