@@ -185,9 +185,12 @@ train.restore = restore
 OTHER_OPTIONS = "argv += ['--lr=1e-9'] * own\n"
 MISTAKE = "errors.PATIENCE, argv = 1.0, argv + ['--lr=-1'] * own\n"
 LATE = """
+real, close = train.score, Monitor.close
 def fails(*arguments):
-    raise errors.UserError("This cannot be.") if own else None
-train.score, close = fails, Monitor.close
+    if own:
+        raise errors.UserError("This cannot be.")
+    return real(*arguments)
+train.score = fails
 Monitor.close = lambda monitor: time.sleep(4 * (not own)) or close(monitor)
 """
 
