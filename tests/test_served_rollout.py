@@ -217,16 +217,18 @@ def test_completions_end_where_they_end(url, tokenizer, questions):
     counts = Counter(token for c in first for token in {*c.ids} - {end})
     word = min(counts, key=lambda token: abs(counts[token] - len(first) / 2))
     policy.model.generation_config.eos_token_id = [end, word]
-    done = [c for g in ask(policy, tokenizer, questions, 16, Sampling(30)) for c in g.completions]
-    last = {c.ids[-1] for c in done if not c.truncated}
-    assert last == {end, word} and any(c.truncated for c in done)
-    for c in done:
-        assert not {end, word} & set(c.ids[:-1]) and len(c.log_probs) == len(c.ids)
-        assert c.truncated == (c.ids[-1] not in (end, word)) and (
-            len(c.ids) == 30 or not c.truncated
-        )
-        shown = [token for token in c.ids if token not in (end, word)]
-        assert c.text == tokenizer.decode(shown)
+    seen = set()
+    for budget in (4, 30):
+        groups = ask(policy, tokenizer, questions, 16, Sampling(budget))
+        for c in (c for group in groups for c in group.completions):
+            last = c.ids[-1]
+            seen.add("cut" if c.truncated else last)
+            assert not {end, word} & {*c.ids[:-1]} and len(c.log_probs) == len(c.ids) <= budget
+            assert c.truncated == (last not in (end, word)) and (
+                len(c.ids) == budget or not c.truncated
+            )
+            assert c.text == tokenizer.decode([t for t in c.ids if t not in (end, word)])
+    assert seen == {"cut", end, word}
 
 
 def test_greedy_and_a_nucleus(url, tokenizer, questions):
