@@ -434,6 +434,11 @@ class Config:
                 "--rollout_url needs adapters, which alone are handed over to the server at each "
                 "step; give --adapter_rank 16, or leave out --rollout_url."
             )
+        if self.rollout_url and self.quantize != "none":
+            raise UserError(
+                "--rollout_url samples from the base model as it is, and --quantize 4bit trains "
+                "beside one that is rounded to 4 bits; leave out one of the two."
+            )
 
     @property
     def sequences_per_step(self) -> int:

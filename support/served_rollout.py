@@ -58,7 +58,8 @@ class ServedModel:
         self.limit = GAP[config.precision] / min(1.0, config.temperature)  # nats
         self.name = self.checked = ""  # the adapter that is asked, and the last one that was tried
         self.given: list[torch.Tensor] = []  # its weights
-        self.run, self.count = uuid.uuid4().hex[:8], 0  # not by the seed: it is known already then
+        self.run, self.count = uuid.uuid4().hex[:8], 0  # not by the seed: that repeats itself
+        self.tokens = policy.model.get_input_embeddings().num_embeddings
         self.folder = Path(tempfile.mkdtemp(prefix="adapters-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         needed = config.max_prompt_tokens + config.max_new_tokens
@@ -128,12 +129,19 @@ class ServedModel:
         body |= {"temperature": float(sampling.temperature), "top_p": sampling.top_p, **PLAIN}
         if not greedy:
             body["logprobs"] = 0  # of the sampled token alone
-        answer = self.server.ask("/v1/completions", body)
+        try:
+            answer = self.server.ask("/v1/completions", body)
+        except UserError as error:
+            if f"`{self.name}` does not exist" not in str(error):
+                raise
+            raise UserError(
+                f"{error} It was started again, or another program has unloaded the adapter."
+            ) from error
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             found = [[] if greedy else c["logprobs"]["token_logprobs"] for c in choices]
             rows = list(zip((c["token_ids"] for c in choices), found, strict=True))
-            faults = [find_fault(*row, greedy, most, ends) for row in rows]
+            faults = [find_fault(*row, greedy, most, ends, self.tokens) for row in rows]
         except (LookupError, TypeError, AttributeError) as error:
             rows, faults = [], [f"they are not in vLLM's format ({type(error).__name__}: {error})"]
         if len(rows) != len(prompts):
@@ -172,10 +180,18 @@ class ServedModel:
             )
 
 
-def find_fault(ids: list, log_probs: list, greedy: bool, most: int, ends: list[int]) -> str:
-    """What is wrong with a completion, in a few words; or ""."""
+def find_fault(
+    ids: list, log_probs: list, greedy: bool, most: int, ends: list[int], tokens: int
+) -> str:
+    """What is wrong with a completion, in a few words; or "".
+
+    Args:
+        most: tokens that were asked for. tokens: how many different ones the model knows.
+    """
     if not 0 < len(ids) <= most:
         return f"one has {len(ids)} tokens, where 1 to {most} were asked for"
+    if not all(isinstance(token, int) and 0 <= token < tokens for token in ids):
+        return f"one has a token that is none of this model's {tokens}"
     if len(ids) < most and ids[-1] not in ends:
         return f"one has stopped after {len(ids)} of {most} tokens without an end token"
     if not greedy and len(log_probs) != len(ids):

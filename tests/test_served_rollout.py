@@ -320,7 +320,7 @@ def test_an_adapter_that_another_program_has_unloaded(fake, tokenizer, questions
     policy = make_policy(fake.url)
     ask(policy, tokenizer, questions)
     fake.adapters.clear()  # or the server was started again
-    with pytest.raises(UserError, match=r"refuses /v1/completions .404: The model .* not exist"):
+    with pytest.raises(UserError, match=r"404: The model .* not exist.* It was started again"):
         ask(policy, tokenizer, questions)
 
 
@@ -365,6 +365,7 @@ WRONG = {
     "a completion that was cut": (cut, "stopped after 2 of 16 tokens without an end token"),
     "no tokens": (of_one(lambda c: c.update(token_ids=[])), "one has 0 tokens"),
     "too many tokens": (of_one(lambda c: c.update(token_ids=[5] * 99)), "one has 99 tokens"),
+    "a token of another model": (of_one(lambda c: c["token_ids"].__setitem__(0, 121)), "of this model's 121"),
     "a log-probability too few": (
         of_one(lambda c: c["logprobs"]["token_logprobs"].pop()),
         r"tokens and \d+ log-probabilities",
@@ -430,6 +431,10 @@ def test_a_server_that_may_not_load(fake, tokenizer, questions):
         (["--rollout_url=http://:80", "--adapter_rank=4"], "write the address of a server"),
         (["--rollout_url=http://a:b", "--adapter_rank=4"], "write the address of a server"),
         (["--rollout_timeout=0"], "must be more than 0"),
+        (
+            ["--rollout_url=http://a", "--adapter_rank=4", "--quantize=4bit"],
+            "beside one that is rounded to 4 bits",
+        ),
     ],
 )
 def test_settings_that_mean_nothing(flags, says):
