@@ -158,6 +158,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=positive, default=128)
     parser.add_argument("--adapter_rank", type=positive, default=16)
     parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--add", action="store_true", help="to the report, for a second model")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     config, _ = parse_config(
@@ -172,7 +173,9 @@ def main(argv: list[str]) -> None:
         ]
     )
     about = f"`{command_line(argv)}` on {machine()}; {versions()}."
-    write_lines(args.out / "served.md", [about, "", *measure(args, config)])
+    report = args.out / "served.md"
+    before = [*report.read_text(encoding="utf-8").splitlines(), ""] if args.add else []
+    write_lines(report, [*before, about, "", *measure(args, config)])
 
 
 if __name__ == "__main__":
