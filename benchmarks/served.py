@@ -6,17 +6,21 @@ Starts no server: docs/served.md has the command, with --max-lora-rank 16. The t
 the same questions in turn, 8 completions each, with adapters that are drawn at random before each
 turn. The gap is the distance between the server's log-probability of a token and the policy's. The
 surprise is the mean of (-log-probability - entropy) over the tokens, 0 for a sampler that draws
-from the distribution that it states, whatever the weights: a gap cannot see that.
+from the distribution that it states, whatever the weights: a gap cannot see that. On a machine with
+other work the wall clock says little: --pid, of the server, adds tokens per second of processor
+time, of the server's processes and this one together.
 """
 
 import argparse
 import os
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from common import RESULTS, command_line, machine, positive, seconds, table, versions, write_lines
 
@@ -34,6 +38,8 @@ from support.policy import Policy
 from support.prompts import training_questions
 from support.served_rollout import ServedModel
 from support.shared_prompts import share_prompts, shared_log_probs
+
+LONG = ("gaps", "surprises")  # a number for each token
 
 
 def redraw(policy: Policy, seed: int) -> None:
@@ -58,19 +64,37 @@ def compare(policy: Policy, groups: list[Group]) -> dict[str, Any]:
     return {"gaps": torch.cat(gaps), "surprises": torch.cat(surprises)}
 
 
+def processor_seconds(pid: int | None) -> float:
+    """Of this process, and of the one `pid` and those that it has started."""
+    found = [psutil.Process()]
+    if pid:
+        server = psutil.Process(pid)
+        found += [server, *server.children(recursive=True)]
+    times = [process.cpu_times() for process in found]
+    return sum(each.user + each.system for each in times)
+
+
 def turn(
-    policy: Policy, served: ServedModel | None, tokenizer: Any, questions: list[Question], how: Any
+    policy: Policy,
+    served: ServedModel | None,
+    tokenizer: Any,
+    questions: list[Question],
+    how: tuple[int, Sampling],
+    pid: int | None,
 ) -> dict[str, Any]:
     """One rollout by one engine."""
     policy.served, group_size, sampling = served, *how
     hand_over = seconds(policy.sampler)
     groups: list[Group] = []
+    before = processor_seconds(pid)
     took = seconds(
         lambda: groups.extend(rollout(policy.sampler(), tokenizer, questions, group_size, sampling))
     )
     tokens = sum(len(c.ids) for group in groups for c in group.completions)
+    busy = processor_seconds(pid) - before
     policy.served = None
-    return {"tokens": tokens, "seconds": took, "hand-over": hand_over, **compare(policy, groups)}
+    found = {"tokens": tokens, "seconds": took, "busy": busy, "hand-over": hand_over}
+    return {**found, **compare(policy, groups)}
 
 
 def cost_of_a_hand_over(policy: Policy, served: ServedModel, sampling: Any) -> list[float]:
@@ -89,6 +113,7 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     rows = []
     for name, turns in found.items():
         rates = [each["tokens"] / each["seconds"] for each in turns]
+        busy = [each["tokens"] / each["busy"] for each in turns]
         gaps = torch.cat([each["gaps"] for each in turns])
         surprises = torch.cat([each["surprises"] for each in turns]).double()
         error = 1.96 * surprises.std().item() / len(surprises) ** 0.5
@@ -97,6 +122,7 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
                 name,
                 sum(each["tokens"] for each in turns),
                 f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})",
+                f"{statistics.median(busy):.1f} ({min(busy):.1f}–{max(busy):.1f})",
                 f"{gaps.mean():.1e}",
                 f"{gaps.max():.1e}",
                 f"{surprises.mean():+.4f} ± {error:.4f}",
@@ -121,16 +147,19 @@ def measure(args: argparse.Namespace, config: Config) -> list[str]:
         redraw(policy, number)
         for name, engine in (("served", served), ("`generate`", None)):
             torch.manual_seed(number)
-            result = turn(policy, engine, tokenizer, questions, how)
-            rate = result["tokens"] / result["seconds"]
-            print(number, name, f"{rate:.1f} tokens/s", f"{result['gaps'].mean():.1e}", flush=True)
-            if number:  # the first turn warms both up
+            # A short turn first, to warm both up.
+            now = how if number else (how[0], replace(how[1], max_new_tokens=8))
+            result = turn(policy, engine, tokenizer, questions, now, args.pid)
+            print(number, name, {k: v for k, v in result.items() if k not in LONG}, flush=True)
+            print(*rows_of({name: [result]}), flush=True)
+            if number:
                 found[name].append(result)
     cost = cost_of_a_hand_over(policy, served, how[1])
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     pairs = zip(found["served"], found["`generate`"], strict=True)
-    ratios = [a["tokens"] / a["seconds"] / (b["tokens"] / b["seconds"]) for a, b in pairs]
-    head = ["engine", "tokens", "tokens a second, median (range)", "gap, mean", "gap, largest"]
+    ratios = [a["tokens"] / a["busy"] / (b["tokens"] / b["busy"]) for a, b in pairs]
+    head = ["engine", "tokens", "tokens a second, median (range)", "of processor time"]
+    head += ["gap, mean", "gap, largest"]
     hand_overs = [each["hand-over"] for each in found["served"]]
     return [
         f"{Path(config.model).name}, {config.precision}: {args.questions} questions × "
@@ -139,7 +168,7 @@ def measure(args: argparse.Namespace, config: Config) -> list[str]:
         "",
         *table([*head, "surprise, nats a token"], rows_of(found)),
         "",
-        f"Served ÷ `generate`, of the turns that followed each other: {min(ratios):.2f} to "
+        f"Served ÷ `generate`, by processor time, of the turns in pairs: {min(ratios):.2f} to "
         f"{max(ratios):.2f}, median {statistics.median(ratios):.2f}. A hand-over (save, load, "
         f"unload) took {statistics.median(hand_overs):.2f} s (median), and the check after it "
         f"{cost[1]:.2f} s.",
@@ -158,6 +187,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=positive, default=128)
     parser.add_argument("--adapter_rank", type=positive, default=16)
     parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--pid", type=positive, help="of the server, if it runs on this machine")
     parser.add_argument("--add", action="store_true", help="to the report, for a second model")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
