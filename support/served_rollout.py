@@ -5,8 +5,9 @@
 `ServedModel` stands where a rollout has its model. Before a rollout the adapters are written to a
 folder, and the server loads them beside its own copy of the base model. The name is new each time:
 vLLM keeps an adapter by its name, and goes on with the weights that it has. Then a few tokens are
-sampled and the policy is asked about them, so no step is trained on completions of other weights. A request states everything that shapes the distribution, since a server fills what is left
-open from the model's own generation settings.
+sampled and the policy is asked about them, so no step is trained on completions of other weights.
+A request states everything that shapes the distribution, since a server fills what is left open
+from the model's own generation settings.
 
 Not reproducible: which tokens the server draws depends on what it computes together. The sampled
 distribution is the same, and each completion has the log-probabilities that it was drawn with.
