@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace, config: Config) -> list[str]:
 
 @command
 def main(argv: list[str]) -> None:
-    """Measure, and write results/served.md."""
+    """Measure, and write results/served-MODEL.md."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the folder of the server's base model")
     parser.add_argument("--url", default="http://localhost:8000")
@@ -188,7 +188,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--adapter_rank", type=positive, default=16)
     parser.add_argument("--turns", type=positive, default=3)
     parser.add_argument("--pid", type=positive, help="of the server, if it runs on this machine")
-    parser.add_argument("--add", action="store_true", help="to the report, for a second model")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     config, _ = parse_config(
@@ -203,9 +202,8 @@ def main(argv: list[str]) -> None:
         ]
     )
     about = f"`{command_line(argv)}` on {machine()}; {versions()}."
-    report = args.out / "served.md"
-    before = [*report.read_text(encoding="utf-8").splitlines(), ""] if args.add else []
-    write_lines(report, [*before, about, "", *measure(args, config)])
+    name = f"served-{Path(args.model).name}.md"
+    write_lines(args.out / name, [about, "", *measure(args, config)])
 
 
 if __name__ == "__main__":
