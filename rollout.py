@@ -1,4 +1,4 @@
-"""A group of completions for each question, through transformers' `generate`.
+"""A group of completions for each question, through transformers' `generate` or a server.
 
 The tokens are drawn from the distribution that loss.py computes, softmax(logits / temperature),
 with no other filter unless --top_p asks for one: not by the model's own generation settings

@@ -222,8 +222,15 @@ NAMES = {"objective": tuple(OBJECTIVES), **CHOICES}
 
 
 def objective_of(config: Any) -> Objective:
-    """The objective of a Config: its row, and the columns that it states."""
+    """The objective of a Config: its row, and the columns that it states.
+
+    A server that samples rounds in its own way: that is corrected unless the config says otherwise.
+    """
     columns = {field.name: getattr(config, field.name) for field in fields(Objective)}
+    if config.rollout_url and config.sampler_correction is None:
+        row = find_objective(config.objective, **columns | {"sampler_cap": None})
+        level = "sequence" if row.couples_tokens else "token"
+        columns["sampler_correction"] = f"{level}_truncate"
     return find_objective(config.objective, **columns)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -184,6 +185,14 @@ class Config:
     )
     rollout_batch_size: int = option(
         384, "sequences per call of generate: memory and speed only", at_least=1
+    )
+    rollout_url: str = option(
+        "",
+        "a vLLM server that samples in place of generate, as http://localhost:8000, with adapters "
+        "only (docs/served.md); empty: none",
+    )
+    rollout_timeout: float = option(
+        600.0, "seconds that this server may take for one answer, a call's completions", above=0
     )
 
     # Reward
@@ -361,6 +370,7 @@ class Config:
         self.check_rewards()
         self.check_sizes()
         self.check_adapters()
+        self.check_server()
 
     def check_rewards(self) -> None:
         """UserError for rewards without weights, or weights that are none."""
@@ -416,6 +426,25 @@ class Config:
             raise UserError(
                 "--adapter_targets names layers for adapters, and there are none; give "
                 "--adapter_rank 16 too, or leave it out."
+            )
+
+    def check_server(self) -> None:
+        """UserError for a rollout server that cannot be one, or cannot have the weights."""
+        check_text(self.rollout_url, "--rollout_url")
+        if self.rollout_url and not is_url(self.rollout_url):
+            raise UserError(
+                f"--rollout_url is {self.rollout_url!r}; write the address of a server, as "
+                "http://localhost:8000."
+            )
+        if self.rollout_url and not self.adapter_rank:
+            raise UserError(
+                "--rollout_url needs adapters, which alone are handed over to the server at each "
+                "step; give --adapter_rank 16, or leave out --rollout_url."
+            )
+        if self.rollout_url and self.quantize != "none":
+            raise UserError(
+                "--rollout_url samples from the base model as it is, and --quantize 4bit trains "
+                "beside one that is rounded to 4 bits; leave out one of the two."
             )
 
     @property
@@ -579,6 +608,15 @@ def check_number(
         raise UserError(f"--{name} is {value}; it is a share, so choose a number in (0, 1].")
     if value > at_most:
         raise UserError(f"--{name} is {value}; it must be {at_most} or less.")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is the address of a server: http or https, a host, perhaps a port."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def check_text(text: str, where: str, path: bool = False) -> None:

@@ -58,6 +58,10 @@ TRL = {
     "mask_truncated_completions": ("--mask_truncated", ""),
     "top_entropy_quantile": ("--top_entropy", ""),
     "use_bias_correction_kl": ("--kl_estimator", "k3-ratio"),
+    **dict.fromkeys(
+        ("use_vllm", "vllm_mode", "vllm_server_base_url"),
+        ("--rollout_url", "the address of a server, with adapters only; docs/served.md"),
+    ),
     "vllm_importance_sampling_correction": ("--sampler_correction", ""),
     "vllm_importance_sampling_cap": ("--sampler_cap", ""),
     "reward_funcs": ("--reward", "names from reward.py, FILE.py:FUNCTION or model:NAME"),
@@ -88,6 +92,10 @@ VERL = {
     ),
     "gen_batch_size": ("--rollouts_per_step", "questions"),
     "rollout.n": ("--group_size", ""),
+    "rollout.name": (
+        "--rollout_url",
+        "the address of a vLLM server, with adapters only; docs/served.md",
+    ),
     "rollout.temperature": ("--temperature", ""),
     "rollout.top_p": ("--top_p", ""),
     "max_response_length": ("--max_new_tokens", ""),
@@ -148,10 +156,8 @@ OTHERS = {
 }
 OWNERS = {"the tutorial": TUTORIAL, "TRL": TRL, "verl": VERL, "another trainer": OTHERS}
 # What others have and this project does not: why, or what to do.
-GENERATE = "completions are sampled by transformers' generate"
 DRAWN = "tokens are drawn from softmax(logits / --temperature), as they are trained; see --top_p"
 ABSENT = {
-    **dict.fromkeys(("use_vllm", "vllm_mode", "rollout.name"), GENERATE),
     **dict.fromkeys(("top_k", "min_p", "repetition_penalty"), DRAWN),
     **dict.fromkeys(
         ("gamma", "lam", "vf_coef", "cliprange_value", "critic_warmup"),

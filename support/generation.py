@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from support.errors import UserError
 from support.model import padded_inputs
+from support.served_rollout import ServedModel
 
 Seed = tuple[int, ...]
 
@@ -62,12 +63,15 @@ def generate(
 ) -> list[tuple[list[int], list[float]]]:
     """New tokens for each prompt of a batch, and the log-probability of each (none if greedy).
 
-    After the first end token of a row stands anything. Each turn of the loop goes on where the turn
-    before stopped, with the rows that have not ended.
+    A model on a server has a `generate` of its own. Here, after the first end token of a row stands
+    anything, and each turn of the loop goes on where the turn before stopped, with the rows that
+    have not ended.
 
     Args:
         batch: prompts, as token ids, with the seeds of their random numbers.
     """
+    if isinstance(model, ServedModel):
+        return model.generate(batch, sampling, settings)
     prompts = [prompt for prompt, _ in batch]
     numbers = random_numbers([seed for _, seed in batch], sampling).to(model.device)
     input_ids, attention_mask = pad_left(prompts, settings.pad_token_id, model.device)

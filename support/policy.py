@@ -13,6 +13,7 @@ from support.adapters import adapters_off, read_adapter
 from support.config import Config
 from support.model import bf16_copy, copy_weights, load_model, load_to_train
 from support.preflight import check_model, check_saving
+from support.served_rollout import ServedModel
 from support.shared_prompts import share_prompts, shared_log_probs
 
 LogProbs = Callable[..., tuple[Tensor, ...]]
@@ -40,6 +41,7 @@ class Policy(nn.Module):
         self.log_probs = log_probs
         self.temperature = temperature
         self.copy_in_bf16(None)
+        self.served: ServedModel | None = None
 
     def forward(self, batch: Any, reference: "Policy | None" = None) -> tuple[Tensor, ...]:
         """What `log_probs` says of a padded batch: log-probabilities, entropies, ...; each (B, C).
@@ -67,8 +69,10 @@ class Policy(nn.Module):
         # Not a part of this module: it is neither trained nor saved, and stays in eval mode.
         object.__setattr__(self, "bf16_copy", copy)
 
-    def sampler(self) -> nn.Module:
+    def sampler(self) -> nn.Module | ServedModel:
         """The model to sample from, with the present weights."""
+        if self.served is not None:
+            return self.served.with_present_weights()
         if self.bf16_copy is None:
             return self.model
         copy_weights(self.model, self.bf16_copy)
@@ -113,6 +117,8 @@ def load_policies(
     policy = accelerator.prepare_model(Policy(model, *settings), evaluation_mode=True)
     if precision == "bf16" and not adapted:
         policy.copy_in_bf16(name)
+    if config.rollout_url:
+        policy.served = ServedModel(policy, config)
     reference = None
     if with_reference:
         reference = Policy(models[-1], *settings, without_adapters=adapted)

@@ -186,7 +186,7 @@ def scheduled_steps(run: Any) -> Steps:
             monitor.add("time/step", time.perf_counter() - start)
             last, stuck = step == config.steps, 0 < config.max_skipped_steps <= run.skipped
             if is_due(config.eval_interval, step, last):
-                evaluate_run(run)
+                evaluate_finished(run, step)
             monitor.flush(step, config.steps)
             stop = in_any(interrupted()) or stuck
             if is_due(config.checkpoint_interval, step, last or stop):
@@ -222,6 +222,16 @@ def evaluate_run(run: Any) -> None:
     with run.monitor.time("time/evaluate"):
         show = quiet_progress("evaluate")
         run.monitor.add_all(evaluate(run.sample, run.held_out, run.config, show))
+
+
+def evaluate_finished(run: Any, step: int) -> None:
+    """The same after a step, which is logged and saved if that fails (a server has died)."""
+    with save_finished_steps(run, step):
+        try:
+            evaluate_run(run)
+        except UserError:
+            run.monitor.flush(step, run.config.steps)
+            raise
 
 
 def save(run: Any, step: int) -> None:

@@ -388,6 +388,8 @@ def of_rollout(config: Config) -> dict[str, Entry]:
         "rollout_batch_size": Entry(
             note="vLLM and SGLang choose it by their memory (gpu_memory_utilization)"
         ),
+        "rollout_url": Entry(note="verl has samplers of its own"),
+        "rollout_timeout": Entry(note="it belongs to --rollout_url"),
         "reward": Entry(
             {
                 "reward.custom_reward_function.path": Here("reward.py"),
