@@ -9,22 +9,29 @@ The page is one file that works without a network. Its numbers are those that tr
 completions.jsonl and metrics.jsonl; nothing is computed again, and no model is loaded.
 """
 
+import argparse
 import base64
 import hashlib
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from objectives.table import CHOICES, Objective
-from support.command_line import HelpFormatter, Parser
 from support.config_file import read_config_file
 from support.errors import UserError, command, quoted
 from support.report_data import CHARTS, PLACES, alarm_words, find_place, first_line, read_run
 
 PAGE = Path(__file__).resolve().parent / "support" / "report"
 LANGUAGES = ("en", "zh")
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse, with its errors as one sentence. That of train.py would load transformers first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message[0].upper() + message[1:].rstrip(".") + ".")
 
 
 def newest_run() -> Path:
@@ -113,8 +120,10 @@ def write_whole(path: Path, content: bytes) -> None:
 @command
 def main(argv: list[str]) -> None:
     """Make the page of a run, or of two."""
-    parser = Parser(
-        description=__doc__, usage="%(prog)s [RUN [RUN]] [options]", formatter_class=HelpFormatter
+    parser = Arguments(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder; two to compare")
     parser.add_argument("--output", metavar="FILE", help="the page; RUN/report.html if not given")

@@ -1,12 +1,22 @@
 """report.py and what a run keeps for it: the numbers of the update, in a bounded file, on a page in which no completion can run."""
 
+import base64
+import hashlib
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
 import pytest
 import steps
 import torch
 
+import report
 from support import recording_file
+from support.alarms import ALARMS
 from support.recording import Recording
 from support.recording_file import FILE, RecordingFile, read_rows, token_texts
+from support.report_data import BANDS, PLACES, find_place
 
 SMALL = [
     "--rollouts_per_step=4", "--group_size=4", "--train_batch_size=8", "--micro_batch_size=3", "--max_new_tokens=24",
@@ -170,3 +180,262 @@ def test_tokens_are_shown_as_they_join(tokenizer):
     assert token_texts(Bytes(), [0xE4, 0xB8])[-1] == "�", "half a character at the end"
     ids = tokenizer("Tom has 25 apples. <answer>18</answer>")["input_ids"]
     assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+# ------------------------------------------------------------------------------------ the page
+
+HOSTILE = "</script><script>alert(1)</script><!-- {{data}} \u2028 \u202e \x00 <img src=x onerror=alert(1)> \ud800 &lt;"
+KEYS = {
+    "old": [-1.0],
+    "log_probs": [-0.5],
+    "entropies": [0.1],
+    "policy_gradient": [-1.0],
+    "gradient": [-0.5],
+    "kl": [0.0],
+}
+
+
+def folder_of(tmp_path, text="a", steps=(1, 2)):
+    """A run's folder by hand: two steps of a group of two, one of them with the tokens `text`, and an evaluation."""
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [
+        {
+            "step": s,
+            "rollout/returns": 0.5,
+            "train/kl_divergence": 0.2,
+            "alarm/kl": 1.0,
+            "other": 1.0,
+        }
+        for s in steps
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "config.yaml").write_text("preset: tiny\nrun_dir: /somewhere/private\n")
+    file = RecordingFile(run)
+    update = {"update": 1, "weight": 0.5, "clipped": [], "masked": [], **KEYS}
+    group = {
+        "group": 0,
+        "question": text,
+        "reference": text,
+        "all": 2,
+        "returns": [1.0, None],
+        "advantages": [0.7, -0.7],
+        "lengths": [1, 1],
+    }
+    completion = {
+        "group": 0,
+        "index": 0,
+        "opened": "",
+        "truncated": False,
+        "right": True,
+        "copies": 1,
+        "tokens": [text],
+        "updates": [update],
+    }
+    for step in steps:
+        content = {
+            "objective": {"kl_weight": 0.1},
+            "groups": [group],
+            "all": 1,
+            "completions": [completion],
+        }
+        file.append("groups", step, content)
+    answer = {
+        "question": text,
+        "reference": text,
+        "text": text,
+        "opened": "",
+        "truncated": False,
+        "right": False,
+        "length": 3,
+    }
+    file.append("answers", steps[-1], {"answers": [answer]})
+    return run
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and what stands in its scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.found, self.inside = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.inside += [(tag, "")] if tag in ("script", "style") else []
+
+    def handle_data(self, data):
+        if self.inside and self.lasttag in ("script", "style"):
+            self.inside[-1] = (self.inside[-1][0], self.inside[-1][1] + data)
+
+
+def page_of(*arguments):
+    report.main([*map(str, arguments)])
+
+
+def data_of(page):
+    (found,) = [
+        text for tag, text in Elements(page).inside if tag == "script" and text.startswith("{")
+    ]
+    return json.loads(found)
+
+
+def test_hostile_completions_are_text(tmp_path):
+    """The page has the elements of its template, no more; its data are what was recorded; its policy allows its own script alone."""
+    run = folder_of(tmp_path, HOSTILE)
+    page_of(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    plain = Elements((report.PAGE / "page.html").read_text(encoding="utf-8"))
+    elements = Elements(page)
+    assert [tag for tag, _ in elements.found] == [tag for tag, _ in plain.found]
+    assert not [
+        name
+        for _, attributes in elements.found
+        for name in attributes
+        if name.startswith("on") or name in ("src", "style")
+    ]
+    data = data_of(page)
+    shown = HOSTILE.replace("\ud800", "?")
+    assert data["runs"][0]["steps"][0]["completions"][0]["tokens"] == [shown]
+    assert data["runs"][0]["answers"][0]["answers"][0]["text"] == shown
+    policy = next(a["content"] for _, a in elements.found if a.get("http-equiv"))
+    assert (
+        policy.startswith("default-src 'none'; ")
+        and "unsafe" not in policy
+        and "http" not in policy
+    )
+    for tag, text in elements.inside:
+        if not text.startswith("{"):
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "/somewhere/private" not in page
+
+
+def test_the_script_cannot_make_elements_of_texts():
+    """Nothing in it parses a text as HTML or as code, or loads anything."""
+    script = (report.PAGE / "page.js").read_text(encoding="utf-8")
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval(",
+        "Function(",
+        "fetch(",
+        "setTimeout",
+        "import(",
+        "srcdoc",
+        "</",
+        "<!--",
+        ".src",
+        ".href",
+    ):
+        assert word not in script, word
+    assert "http" not in script.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_both_languages_have_the_same_words():
+    script = (report.PAGE / "page.js").read_text(encoding="utf-8")
+    english, chinese = script.split("\nen: {")[1].split("\nzh: {")
+    keys = [
+        set(re.findall(r"[{,]\s*(\w+): (?=[\"`(\w{])", part.split("\n},")[0]))
+        for part in ("{" + english, "{" + chinese)
+    ]
+    assert len(keys[0]) > 80 and keys[0] == keys[1]
+    used = set(re.findall(r"\bt\(\"(\w+)\"", script))
+    assert used <= keys[0], used - keys[0]
+
+
+def test_a_run_without_a_recording(tmp_path, capsys):
+    run = folder_of(tmp_path)
+    (run / FILE).unlink()
+    page_of(run)
+    (found,) = data_of((run / "report.html").read_text(encoding="utf-8"))["runs"]
+    assert found["steps"] == found["answers"] == [] and len(found["metrics"]) == 2
+    assert "run: 0 steps with tokens" in capsys.readouterr().out
+
+
+def test_a_damaged_recording(tmp_path, capsys):
+    """What can be read is shown, and the rest is counted."""
+    run = folder_of(tmp_path)
+    with (run / FILE).open("ab") as file:
+        file.write(b'{"step":3,"every":1,"groups":[]}\n\xff\xfe\n{"step":4,"ev')
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"step": 3, "rollout/returns": NaN}\n{"step": 4, "roll')
+    page_of(run, "--lang", "zh")
+    data = data_of((run / "report.html").read_text(encoding="utf-8"))
+    assert data["lang"] == "zh" and [row["step"] for row in data["runs"][0]["steps"]] == [1, 2]
+    assert data["runs"][0]["metrics"][-1] == {"step": 3, "rollout/returns": None}
+    said = f"1 line of metrics.jsonl cannot be read; 3 lines of {FILE} cannot be read"
+    assert said in capsys.readouterr().out and data["runs"][0]["note"] == said
+
+
+def test_two_runs_and_a_picture(tmp_path):
+    run = folder_of(tmp_path)
+    shutil.copytree(run, tmp_path / "other")
+    page_of(
+        run,
+        tmp_path / "other",
+        "--output",
+        tmp_path / "new" / "both.html",
+        "--png",
+        tmp_path / "a.png",
+    )
+    data = data_of((tmp_path / "new" / "both.html").read_text(encoding="utf-8"))
+    assert [each["name"] for each in data["runs"]] == ["run", "other"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_page_of_a_real_run(tiny_run):
+    """All of it, from the run to the page; each row has what the script reads."""
+    run = tiny_run("run", "--kl_weight=0.01", "--steps=2")
+    page_of(run)
+    (found,) = data_of((run / "report.html").read_text(encoding="utf-8"))["runs"]
+    assert [row["step"] for row in found["steps"]] == [1, 2] and found["steps"][0]["paper"]
+    first = found["steps"][0]
+    assert {"group", "question", "reference", "all", "returns", "advantages", "lengths"} <= first[
+        "groups"
+    ][0].keys()
+    updates = [u for c in first["completions"] for u in c["updates"]]
+    assert updates and {"weight", "clipped", "masked", *KEYS} <= updates[0].keys()
+    assert found["settings"]["group_size"] == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["{d}/nothing"], "is no folder; give the folder of a run"),
+        (["{d}"], "holds no run: it has no metrics.jsonl"),
+        (["{d}/run/checkpoint-2"], "its run is"),
+        (["{d}/run", "{d}/run", "{d}/run"], "compares two at the most"),
+        (["{d}/run", "--lang", "fr"], "invalid choice: 'fr'"),
+        (["{d}/run", "--outptu", "x"], "Unrecognized arguments: --outptu x."),
+        (["{d}/run", "--output", "{d}/run/metrics.jsonl/x.html"], "Cannot write"),
+        (["{d}/run", "--output", "{d}/run"], "Cannot write"),
+        ([], "There is no run in runs/"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch, arguments, words):
+    run = folder_of(tmp_path)
+    (run / "checkpoint-2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(SystemExit) as ended:
+        page_of(*(each.format(d=tmp_path) for each in arguments))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert words in error
+    assert before.keys() == {*tmp_path.rglob("*")}, "nothing is left behind"
+
+
+def test_lines_and_bands_are_those_of_the_code():
+    """Each place is found; each band's limit is the one of the alarm of that metric."""
+    for where in PLACES.values():
+        file, number, text = find_place(*where)
+        assert where[2] in text and number > 1
+    for name, band in BANDS.items():
+        if band:
+            when = next(a.when for a in ALARMS.values() if a.metric == name)
+            assert all(f"{limit:g}" in when for limit in band if limit)

@@ -268,7 +268,7 @@ function explain(c, u, i) {
     const ref = u.reference?.[i];
     if (u.gradient) klSlope = (u.gradient[i] / u.weight - slope) / o.kl_weight;
     if (o.kl_estimator === "k3" && ref !== undefined) {
-      klSlope = 1 - Math.exp(ref - now);
+      klSlope = u.kl[i] >= 10 ? 0 : 1 - Math.exp(ref - now); // loss.py's KL_LIMIT
       add(t("kl"), `k3 = π_ref/π ${MINUS} log(π_ref/π) ${MINUS} 1 = ${num(Math.exp(ref - now))} ${MINUS} ${inside(ref - now)} ${MINUS} 1 = ${num(u.kl[i])}`, "kl", `log π_ref = ${num(ref)};  ${t("kl_slope")}: 1 ${MINUS} π_ref/π = ${num(klSlope)}`);
     } else add(t("kl"), `${o.kl_estimator} = ${num(u.kl[i])}`, "other_kl", ref === undefined ? null : `log π_ref = ${num(ref)}`);
   }
