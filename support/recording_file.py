@@ -19,6 +19,11 @@ LIMIT = 6_000_000  # bytes of the file
 MOST_TOKENS = 8192  # of a step; a completion counts once for each optimizer step that trained it
 MOST_GROUPS, MOST_COMPLETIONS = 64, 64  # of a step, of a group
 MOST_TEXT = 2000  # characters of a question or of a held-out answer
+COLUMNS = {"step": int, "every": int}  # of each line
+CONTENT = {
+    "groups": {"groups": list, "all": int, "completions": list, "objective": dict},
+    "answers": {"answers": list},
+}
 BROKEN = "\ufffd"  # what a half of a character is decoded to
 
 
@@ -85,8 +90,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-            good = isinstance(row["step"], int) and isinstance(row["every"], int)
-            good = good and isinstance(row[kind_of(row)], list)
+            kinds = COLUMNS | CONTENT[kind_of(row)]
+            good = all(isinstance(row[name], kind) for name, kind in kinds.items())
         except (ValueError, TypeError, KeyError, RecursionError):
             good = False
         if good:

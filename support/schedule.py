@@ -311,6 +311,6 @@ def say_goodbye(run_dir: Path, step: int, steps: int) -> None:
     if saved:
         folder, further = quoted(run_dir), f" --steps {2 * step}" if step == steps else ""
         log_line(
-            f"look: python run.py --model {folder}   go on: python train.py --resume {folder}"
-            f"{further}"
+            f"look: python run.py --model {folder}   closer: python report.py {folder}   "
+            f"go on: python train.py --resume {folder}{further}"
         )

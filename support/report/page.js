@@ -27,6 +27,7 @@ en: {
   right: "right", wrong: "not right", cut: "cut off", copies: (n) => `sampled ${n} times alike`, update: (n) => `optimizer step ${n}`, updates: "trained in",
   untrained: "Not trained: no optimizer step used it. Its advantage is 0 and there is no KL, or it was cut off and such completions are left out, or its records went beyond the limit of a step.",
   strongest: "Strongest in this step:", up: "pushed up", down: "pushed down", not: "not pushed", clipped: "clipped", masked: "not trained (policy_mask)",
+  alike: (n) => `, and ${n} more alike`,
   same_push: "While the ratio is 1, all tokens of a completion have the same push on log π: GRPO does not know which of them made the answer right. How far a token can follow depends on its probability: choose “push on the token’s logit” as the colour.",
   legend: (m) => `green, solid line: made likelier; red, dashed line: made less likely; struck through: clipped. Strongest: ${m}`, legend_other: (a, b) => `darker is more: from ${a} to ${b}`,
   prob: "How likely was the token?", old: "… when it was sampled", same_old: "the same: with one optimizer step for each rollout, the policy that is trained is the one that sampled",
@@ -59,6 +60,7 @@ zh: {
   right: "正确", wrong: "不正确", cut: "被截断", copies: (n) => `相同的回答采样到 ${n} 次`, update: (n) => `第 ${n} 次优化`, updates: "用于",
   untrained: "没有参与训练：优势为 0 且没有 KL；或因被截断而不训练；或记录超出每步的上限。",
   strongest: "这一步中最强的：", up: "被推高", down: "被压低", not: "不变", clipped: "被裁剪", masked: "不训练（policy_mask）",
+  alike: (n) => `，另有 ${n} 个相同`,
   same_push: "比率为 1 时，一个回答的所有词元对 log π 的推力都相同：GRPO 并不知道是哪个词元使答案正确。词元能移动多少取决于它的概率：请把颜色换成“对该词元 logit 的推力”。",
   legend: (m) => `绿色实线：概率变大；红色虚线：概率变小；删除线：被裁剪。最强：${m}`, legend_other: (a, b) => `颜色越深越大：${a} 到 ${b}`,
   prob: "这个词元的概率有多大？", old: "……采样时", same_old: "相同：每次采样只做一次优化，被训练的策略就是采样的策略",
@@ -228,13 +230,20 @@ const TINTS = {
 const SIGNED = ["push", "logit", "ratio"]; // of these the sign is a colour
 const temperature = () => Number(run().settings.temperature ?? 1);
 const updateOf = (c) => c.updates?.[c.chosen ?? 0];
-function strongest() {
+/** Every token of the step by the number that colours it, the largest first. */
+function ordered() {
   const all = [];
   row().completions.forEach((c, k) => {
     const u = updateOf(c);
     if (u) u.log_probs.forEach((_, i) => all.push({ k, i, value: TINTS[state.tint](u, i) }));
   });
   return all.sort((a, b) => b.value - a.value);
+}
+/** The strongest token of each of the three completions that have the strongest ones. */
+function strongest(order) {
+  const found = [];
+  for (const each of order) if (found.length < 3 && !found.some((other) => other.k === each.k)) found.push({ ...each, alike: order.filter((x) => x.k === each.k && Math.abs(x.value - each.value) < 1e-3 * Math.abs(each.value)).length });
+  return found;
 }
 /** Each number of a token as a line: what it is, the equation with the numbers in it, where it is computed. */
 function explain(c, u, i) {
@@ -330,18 +339,23 @@ function showStep() {
   const now = row();
   $("slider").setAttribute("aria-valuetext", `${t("step")} ${now.step}`);
   $("step-name").textContent = `${now.step} / ${steps.at(-1).step}`;
-  $("step-note").textContent = [now.every > 1 ? t("thinned", now.every) : "", now.groups.length < now.all ? t("shown_of", now.groups.length, now.all) : "", now.completions.some((c) => updateOf(c) && !updateOf(c).old) ? t("same_push") : ""].join(" ").trim();
-  const order = strongest(), largest = Math.max(1e-30, ...order.map((each) => Math.abs(each.value))), bySign = SIGNED.includes(state.tint);
+  $("step-note").textContent = [now.every > 1 ? t("thinned", now.every) : "", now.groups.length < now.all ? t("shown_of", now.groups.length, now.all) : "", now.completions.some((c) => updateOf(c) && samePush(updateOf(c))) ? t("same_push") : ""].join(" ").trim();
+  const order = ordered(), largest = Math.max(1e-30, ...order.map((each) => Math.abs(each.value))), bySign = SIGNED.includes(state.tint);
   if (order.length) $("legend").replaceChildren(h("span", {}, bySign ? t("legend", num(state.tint === "ratio" ? Math.exp(largest) : largest)) : t("legend_other", num(order.at(-1).value), num(order[0].value))));
   if (order.length && bySign) {
-    const ends = [...order.filter((x) => x.value > 0).slice(0, 3), ...order.filter((x) => x.value < 0).slice(-3).reverse()];
-    $("strongest").replaceChildren(h("span", {}, t("strongest"), " "), ...ends.map(({ k, i, value }) => h("button", { type: "button", onclick: () => { showToken(k, i, true); } }, `${value > 0 ? "▲" : "▼"} ${named(now.completions[k].tokens[i])} ${signed(value)}`)));
+    const ends = [...strongest(order.filter((x) => x.value > 0)), ...strongest(order.filter((x) => x.value < 0).reverse())];
+    $("strongest").replaceChildren(h("span", {}, t("strongest"), " "), ...ends.map(({ k, i, value, alike }) => h("button", { type: "button", onclick: () => { showToken(k, i, true); } }, `${value > 0 ? "▲" : "▼"} ${named(now.completions[k].tokens[i])} ${signed(value)}${alike > 1 ? t("alike", alike - 1) : ""}`)));
   }
   const withTokens = now.groups.filter((g) => now.completions.some((c) => c.group === g.group)), rest = now.groups.filter((g) => !withTokens.includes(g));
   withTokens.sort((a, b) => now.completions.findIndex((c) => c.group === a.group) - now.completions.findIndex((c) => c.group === b.group));
   const parts = withTokens.map((g) => groupOf(g, largest));
   if (rest.length) parts.push(h("details", {}, h("summary", {}, t("more_groups", rest.length)), rest.map((g) => groupOf(g, largest))));
   $("groups").replaceChildren(...parts);
+}
+/** Whether all tokens of a completion are pushed alike. */
+function samePush(u) {
+  const all = u.log_probs.map((_, i) => push(u, i)), high = Math.max(...all), low = Math.min(...all);
+  return all.length > 1 && high !== 0 && high - low <= 1e-2 * Math.max(high, -low);
 }
 function groupOf(group, largest) {
   const now = row(), R = scored(group.returns), own = now.completions.map((c, k) => ({ c, k })).filter(({ c }) => c.group === group.group);
