@@ -397,7 +397,7 @@ function tokenOf(c, u, k, i, text, largest) {
   element.classList.toggle("clipped", u.clipped.includes(i));
   const colour = !by ? "--other" : value > 0 ? "--up" : "--down", strength = Math.min(1, Math.abs(value) / largest);
   if (value) element.style.backgroundColor = `rgb(var(${colour}) / ${(0.06 + 0.5 * strength).toFixed(3)})`;
-  element.addEventListener("mouseenter", () => { if (matchMedia("(hover: hover)").matches) showToken(k, i); });
+  element.addEventListener("mouseenter", () => showToken(k, i));
   element.addEventListener("focus", () => { if (state.token?.k !== k || state.token?.i !== i) showToken(k, i); });
   element.addEventListener("click", () => showToken(k, i));
   return element;
