@@ -10,21 +10,25 @@ completions.jsonl and metrics.jsonl; nothing is computed again, and no model is 
 """
 
 import argparse
-import base64
-import hashlib
-import json
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from objectives.table import CHOICES, Objective
+from objectives.table import Objective
 from support.config_file import read_config_file
 from support.errors import UserError, command, quoted
-from support.report_data import CHARTS, PLACES, alarm_words, find_place, first_line, read_run
+from support.report_data import (
+    CHARTS,
+    PLACES,
+    SURROGATES,
+    alarm_words,
+    find_place,
+    first_line,
+    read_run,
+)
+from support.report_page import page
 
-PAGE = Path(__file__).resolve().parent / "support" / "report"
 LANGUAGES = ("en", "zh")
 
 
@@ -71,39 +75,14 @@ def page_data(folders: list[Path], language: str) -> dict[str, Any]:
         for row in run["steps"]:
             row["paper"] = is_paper(row["objective"])
         runs.append(run)
-    surrogates = CHOICES["surrogate"]
-    own = {f"surrogate:{name}": ("objectives/equations.py", name, "return") for name in surrogates}
     return {
         "lang": language,
         "runs": runs,
         "charts": CHARTS,
         **alarm_words(),
-        "places": {name: find_place(*where) for name, where in {**PLACES, **own}.items()},
-        "surrogates": {n: first_line("objectives/equations.py", n) for n in surrogates},
+        "places": {name: find_place(*where) for name, where in PLACES.items()},
+        "surrogates": {n: first_line("objectives/equations.py", n) for n in SURROGATES},
     }
-
-
-def as_json(data: dict[str, Any]) -> str:
-    """JSON that cannot end the element it stands in, whatever a completion says."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    escape = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
-    return text.translate(escape).encode("utf-8", "replace").decode()
-
-
-def page(data: dict[str, Any]) -> str:
-    """The whole file. Its policy lets only this script and this style in, and nothing be loaded."""
-    style, script = (PAGE.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    parts = {"style": style, "script": script, "data": as_json(data)}
-    style, script = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (style, script)
-    )
-    parts["policy"] = (
-        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    html = PAGE.joinpath("page.html").read_text("utf-8").replace("{{name}}", "A name in braces")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], html)
 
 
 def write_whole(path: Path, content: bytes) -> None:

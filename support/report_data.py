@@ -39,13 +39,13 @@ CHARTS = [
     }
     for name, band in BANDS.items()
 ]
-# Where a number of a token is computed: a file, a function, and words of the line.
+# Where a number of a token is computed: a file, a function, and how the line begins.
 PLACES = {
     "log_prob": ("loss.py", "token_log_probs", "return log_probs.gather"),
     "old": ("train.py", "add_log_probs", "passes.append((trainer.policy"),
     "ratio": ("loss.py", "GRPOLoss.policy_term", "ratio = "),
     "sequence_ratio": ("objectives/equations.py", "sequence_mean", "return"),
-    "advantage": ("loss.py", "group_advantages", "return"),
+    "advantage": ("loss.py", "group_advantages", "return (center"),
     "other_advantage": ("objectives/equations.py", "normalize_rewards", "relative = "),
     "policy": ("loss.py", "GRPOLoss.policy_term", "return -torch.min"),
     "clipped": ("loss.py", "GRPOLoss.clipped_tokens", "too_high = "),
@@ -56,6 +56,15 @@ PLACES = {
     "gradient": ("train.py", "add_gradients", "share.backward()"),
     "entropy": ("loss.py", "token_log_probs", "entropies = "),
 }
+SURROGATES = {
+    "clip": "losses = -torch.min",
+    "cispo": "return -weights",
+    "sapo": "return -torch.sigmoid",
+    "gmpo": "return -advantages",
+    "reinforce": "return -advantages",
+    "dppo": "return torch.where",
+}
+PLACES |= {f"surrogate:{n}": ("objectives/equations.py", n, w) for n, w in SURROGATES.items()}
 
 
 @cache
@@ -69,12 +78,13 @@ def definition(file: str, name: str) -> ast.FunctionDef:
 
 
 def find_place(file: str, name: str, words: str) -> tuple[str, int, str]:
-    """The line of a function that has these words, as it is now: file, number, text."""
+    """The first line of a function that begins with these words: file, number now, text."""
     function = definition(file, name)
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     start = function.body[1].lineno if ast.get_docstring(function) else function.body[0].lineno
-    number = next(n for n in range(start, function.end_lineno + 1) if words in lines[n - 1])
-    return file, number, lines[number - 1].strip()
+    every = ((n, lines[n - 1].strip()) for n in range(start, function.end_lineno + 1))
+    number, text = next((n, text) for n, text in every if text.startswith(words))
+    return file, number, text
 
 
 def first_line(file: str, name: str) -> str:

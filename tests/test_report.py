@@ -13,11 +13,13 @@ import torch
 
 import report
 from loss import KL_LIMIT
+from objectives.table import CHOICES
 from support import recording_file
 from support.alarms import ALARMS
 from support.recording import Recording
 from support.recording_file import FILE, RecordingFile, read_rows, token_texts
-from support.report_data import BANDS, PLACES, find_place
+from support.report_data import BANDS, PLACES, SURROGATES, find_place
+from support.report_page import PAGE
 
 SMALL = [
     "--rollouts_per_step=4", "--group_size=4", "--train_batch_size=8", "--micro_batch_size=3", "--max_new_tokens=24",
@@ -292,7 +294,7 @@ def test_hostile_completions_are_text(tmp_path):
     run = folder_of(tmp_path, HOSTILE)
     page_of(run)
     page = (run / "report.html").read_text(encoding="utf-8")
-    plain = Elements((report.PAGE / "page.html").read_text(encoding="utf-8"))
+    plain = Elements((PAGE / "page.html").read_text(encoding="utf-8"))
     elements = Elements(page)
     assert [tag for tag, _ in elements.found] == [tag for tag, _ in plain.found]
     assert not [
@@ -320,7 +322,7 @@ def test_hostile_completions_are_text(tmp_path):
 
 def test_the_script_cannot_make_elements_of_texts():
     """Nothing in it parses a text as HTML or as code, or loads anything."""
-    script = (report.PAGE / "page.js").read_text(encoding="utf-8")
+    script = (PAGE / "page.js").read_text(encoding="utf-8")
     for word in (
         "innerHTML",
         "outerHTML",
@@ -342,7 +344,7 @@ def test_the_script_cannot_make_elements_of_texts():
 
 
 def test_both_languages_have_the_same_words():
-    script = (report.PAGE / "page.js").read_text(encoding="utf-8")
+    script = (PAGE / "page.js").read_text(encoding="utf-8")
     english, chinese = script.split("\nen: {")[1].split("\nzh: {")
     keys = [
         set(re.findall(r"[{,]\s*(\w+): (?=[\"`(\w{])", part.split("\n},")[0]))
@@ -440,7 +442,8 @@ def test_lines_and_bands_are_those_of_the_code():
     """Each place is found; each band's limit is the one of the alarm of that metric."""
     for where in PLACES.values():
         file, number, text = find_place(*where)
-        assert where[2] in text and number > 1
+        assert text.startswith(where[2]) and number > 1
+    assert {*SURROGATES} == {*CHOICES["surrogate"]}
     for name, band in BANDS.items():
         if band:
             when = next(a.when for a in ALARMS.values() if a.metric == name)

@@ -36,7 +36,7 @@ en: {
   kl: "KL to the reference", kl_slope: "its slope", weight: "Weight of each token in the loss", weight_mean: (n, t) => `1 / (${n} completions × ${t} tokens)`,
   push: "Push on log π = minus the gradient of the loss", exact: "the gradient as the backward pass gave it", logit: "Push on the token’s own logit", logit_why: "near 0 where π is near 1: such a token has nowhere to go",
   entropy: "Entropy of the distribution", nats: "nats", sampler: "The sampler’s log π", token_of: (i, n) => `token ${i} of ${n}`, here: "where",
-  likelier: "The update makes this token likelier.", unlikelier: "The update makes this token less likely.", still: "The update does not move this token.",
+  likelier: "Pushed up: this update makes the token likelier.", unlikelier: "Pushed down: this update makes the token less likely.", still: "Not pushed: this update does nothing at this token.",
   question: "Question", hits: (n) => `${n} found`, in_question: "question",
   ev_acc: (a, b) => `Held-out accuracy: ${a} → ${b}`, rose: "risen by more than its 95 % intervals", fell: "fallen by more than its 95 % intervals", unclear: "the intervals overlap: no difference that can be told from chance",
   alarms_none: "No alarm has sounded.", alarms_some: (n) => `Alarms that have sounded: ${n}`, alarm_steps: (a, b) => a === b ? `at step ${a}` : `steps ${a} to ${b}`,
@@ -311,6 +311,7 @@ function showToken(k, i, focus = false) {
     element.tabIndex = 0;
     element.setAttribute("aria-pressed", "true");
     if (focus) element.focus();
+    if (focus || matchMedia("(max-width: 52rem)").matches) element.scrollIntoView({ block: "nearest" });
   }
   const p = push(u, i), verdict = p > 0 ? "likelier" : p < 0 ? "unlikelier" : "still";
   $("token").classList.remove("empty");
