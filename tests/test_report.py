@@ -130,6 +130,33 @@ def test_the_parts_of_the_gradient_add_up(tmp_path, few_questions):
         assert torch.allclose(kl, k3, atol=1e-6)
 
 
+def test_a_micro_batch_that_did_not_fit_the_memory(tmp_path, few_questions):
+    """It comes again in smaller ones, and is recorded once."""
+    found = []
+    for fails in (False, True):
+        folder = tmp_path / str(fails)
+        trainer = steps.build(folder, few_questions, *SMALL, "--kl_weight=0.1")
+        recording = trainer.monitor.recording = Recording(trainer)
+        recording.open(folder, 0)
+        calls, forward = [], trainer.loss.forward
+
+        def wrapper(*arguments, calls=calls, forward=forward, fails=fails):
+            calls.append(1)
+            if fails and len(calls) == 2:
+                raise torch.cuda.OutOfMemoryError
+            return forward(*arguments)
+
+        trainer.loss.forward = wrapper
+        steps.one_step(trainer)
+        recording.write(1)
+        found.append(rows_of(folder)[0]["completions"])
+        assert trainer.micro_batch.size == (2 if fails else 3)
+    for one, other in zip(*found, strict=True):
+        assert len(one["updates"]) == len(other["updates"])
+        for a, b in zip(one["updates"], other["updates"], strict=True):
+            assert a["gradient"] == pytest.approx(b["gradient"], rel=1e-2, abs=1e-5)
+
+
 def test_a_run_is_recorded_and_resumed(tiny_run):
     """Steps and evaluations; after a resume the same lines, and no doubled ones. Without samples no file."""
     flags = ["--kl_weight=0.01", "--log_completions=2"]
