@@ -30,7 +30,8 @@ def draw(data: dict[str, Any]) -> bytes:
                 axes.fill_between(steps, *ends, alpha=0.2)
             alarms = {f"alarm/{name}" for name in chart["alarms"]}
             on = [row["step"] for row in run["metrics"] if alarms & row.keys()]
-            axes.plot(on, [1] * len(on), "rv", transform=axes.get_xaxis_transform(), markersize=4)
+            top = axes.get_xaxis_transform()  # steps, and a height of 1 for the frame
+            axes.plot(on, [0.96] * len(on), "rv", transform=top, markersize=4)
         if chart["band"]:
             limits = axes.get_ylim()
             axes.axhspan(*chart["band"], alpha=0.1, color="green")

@@ -371,15 +371,16 @@ def test_the_script_cannot_make_elements_of_texts():
 
 
 def test_both_languages_have_the_same_words():
+    """And each word that script and template ask for is there."""
     script = (PAGE / "page.js").read_text(encoding="utf-8")
+    template = (PAGE / "page.html").read_text(encoding="utf-8")
     english, chinese = script.split("\nen: {")[1].split("\nzh: {")
-    keys = [
-        set(re.findall(r"[{,]\s*(\w+): (?=[\"`(\w{])", part.split("\n},")[0]))
-        for part in ("{" + english, "{" + chinese)
-    ]
-    assert len(keys[0]) > 80 and keys[0] == keys[1]
-    used = set(re.findall(r"\bt\(\"(\w+)\"", script))
-    assert used <= keys[0], used - keys[0]
+    word = re.compile(r'[{,]\s*(\w+): (?=["`(\w{\[])')
+    words, same = (set(word.findall("{" + part.split("\n},")[0])) for part in (english, chinese))
+    assert len(words) > 80 and words == same
+    used = set(re.findall(r'\bt\("(\w+)"', script))
+    used |= set(re.findall(r'data-(?:word|label)="(\w+)"', template))
+    assert used <= words, used - words
 
 
 def test_a_run_without_a_recording(tmp_path, capsys):

@@ -14,7 +14,7 @@ en: {
   glance: "The run at a glance", step_head: "One step, down to the token", answers_head: "The same question before and after",
   settings_head: "Settings", run: "Run", step: "Step", back: "step before", forward: "next step", search: "Search", close: "close",
   chart_note: "Shaded: where a healthy run is. A triangle: an alarm begins. The dashed line is the step that is shown below; a click on a chart chooses it.",
-  healthy: "healthy", what: "what is it?", last: "last", at: (s) => `at step ${s}`,
+  healthy: "healthy", what: "what is it?", at: (s) => `at step ${s}`,
   tint: "Colour", tint_push: "push on log π", tint_logit: "push on the token’s logit", tint_log: "log π", tint_ratio: "ratio", tint_kl: "KL", tint_entropy: "entropy",
   token_head: "A token", choose: "Choose a token: point at it, touch it, or go to it with Tab and the arrow keys.",
   no_recording: "This run has no recording of its completions (it was made with --log_completions 0, or by an older version), so there are only its curves.",
@@ -27,6 +27,8 @@ en: {
   right: "right", wrong: "not right", cut: "cut off", copies: (n) => `sampled ${n} times alike`, update: (n) => `optimizer step ${n}`, updates: "trained in",
   untrained: "Not trained: no optimizer step used it. Its advantage is 0 and there is no KL, or it was cut off and such completions are left out, or its records went beyond the limit of a step.",
   strongest: "Strongest in this step:", up: "pushed up", down: "pushed down", not: "not pushed", clipped: "clipped", masked: "not trained (policy_mask)",
+  clips: "Clipped in this step:", clip_at: (text, n, u) => `${text}${n > 1 ? ` and ${n - 1} more` : ""}, optimizer step ${u}`, no_clips: "none of the tokens that are shown",
+  intro: "New to GRPO? How to read this page", intro_text: ["The model answers each question several times: a group of completions. Each gets a reward. Its advantage says how much better its reward is than the mean of its group: positive for the better answers, negative for the worse ones, 0 for all where the rewards are equal.", "Then every token of a better answer is pushed up (made likelier), every token of a worse one down. The push on a token is its weight in the mean (1 / number of tokens) × the advantage × the ratio.", "The ratio is the token’s probability now, divided by that when it was sampled. It is 1 in the first optimizer step after sampling. Later ones clip it: a token that has already moved far in the direction of its push gets none.", "The KL pulls each token back towards the model that the training began with."],
   alike: (n) => `, and ${n} more alike`,
   same_push: "While the ratio is 1, all tokens of a completion have the same push on log π: GRPO does not know which of them made the answer right. How far a token can follow depends on its probability: choose “push on the token’s logit” as the colour.",
   legend: (m) => `green, solid line: made likelier; red, dashed line: made less likely; struck through: clipped. Strongest: ${m}`, legend_other: (a, b) => `darker is more: from ${a} to ${b}`,
@@ -35,12 +37,12 @@ en: {
   clip_high: (e) => `r is above 1 + ${e} and A is positive: likelier than the clip rewards, so no gradient`, clip_low: (e) => `r is below 1 ${MINUS} ${e} and A is negative: less likely than the clip punishes, so no gradient`, no_slope: "no gradient: this token is clipped or left out",
   kl: "KL to the reference", kl_slope: "its slope", weight: "Weight of each token in the loss", weight_mean: (n, t) => `1 / (${n} completions × ${t} tokens)`,
   push: "Push on log π = minus the gradient of the loss", exact: "the gradient as the backward pass gave it", logit: "Push on the token’s own logit", logit_why: "near 0 where π is near 1: such a token has nowhere to go",
-  entropy: "Entropy of the distribution", nats: "nats", sampler: "The sampler’s log π", token_of: (i, n) => `token ${i} of ${n}`, here: "where",
+  entropy: "Entropy of the distribution", nats: "nats", sampler: "The sampler’s log π", token_of: (i, n) => `token ${i} of ${n}`,
   likelier: "Pushed up: this update makes the token likelier.", unlikelier: "Pushed down: this update makes the token less likely.", still: "Not pushed: this update does nothing at this token.",
   question: "Question", hits: (n) => `${n} found`, in_question: "question",
   ev_acc: (a, b) => `Held-out accuracy: ${a} → ${b}`, rose: "risen by more than its 95 % intervals", fell: "fallen by more than its 95 % intervals", unclear: "the intervals overlap: no difference that can be told from chance",
   alarms_none: "No alarm has sounded.", alarms_some: (n) => `Alarms that have sounded: ${n}`, alarm_steps: (a, b) => a === b ? `at step ${a}` : `steps ${a} to ${b}`,
-  inside: "within the healthy band at the end", outside: "OUTSIDE the healthy band at the end", setting: "option", value: "value",
+  inside: "Within the healthy band at the end", outside: "OUTSIDE the healthy band at the end", setting: "option", value: "value",
   charts: { "eval/accuracy": "held-out accuracy, greedy, 95 % interval", "rollout/returns": "reward of the samples", "rollout/success_rate": "share of right samples", "rollout/completion_tokens": "tokens in a completion", "train/kl_divergence": "KL to the reference, nats", "train/clipped_share": "share of clipped tokens", "rollout/no_spread_share": "share of groups without spread", "train/ratio_mean": "mean ratio, new to old", "train/entropy": "entropy, nats", "train/grad_norm": "gradient norm" },
 },
 zh: {
@@ -48,7 +50,7 @@ zh: {
   glance: "训练概览", step_head: "一个训练步，细到每个词元", answers_head: "同一道题：训练前与训练后",
   settings_head: "设置", run: "训练", step: "步", back: "上一步", forward: "下一步", search: "搜索", close: "关闭",
   chart_note: "阴影：健康的范围。三角：警报开始。虚线是下面显示的那一步；点击曲线可以选择。",
-  healthy: "健康范围", what: "这是什么？", last: "最后", at: (s) => `第 ${s} 步`,
+  healthy: "健康范围", what: "这是什么？", at: (s) => `第 ${s} 步`,
   tint: "颜色", tint_push: "对 log π 的推力", tint_logit: "对该词元 logit 的推力", tint_log: "log π", tint_ratio: "比率", tint_kl: "KL", tint_entropy: "熵",
   token_head: "词元", choose: "请选择一个词元：用鼠标指向、触摸，或用 Tab 键和方向键。",
   no_recording: "这次训练没有保存回答的记录（--log_completions 0，或旧版本），因此只有曲线。",
@@ -60,6 +62,8 @@ zh: {
   right: "正确", wrong: "不正确", cut: "被截断", copies: (n) => `相同的回答采样到 ${n} 次`, update: (n) => `第 ${n} 次优化`, updates: "用于",
   untrained: "没有参与训练：优势为 0 且没有 KL；或因被截断而不训练；或记录超出每步的上限。",
   strongest: "这一步中最强的：", up: "被推高", down: "被压低", not: "不变", clipped: "被裁剪", masked: "不训练（policy_mask）",
+  clips: "这一步中被裁剪的：", clip_at: (text, n, u) => `${text}${n > 1 ? ` 及另外 ${n - 1} 个` : ""}，第 ${u} 次优化`, no_clips: "所显示的词元都没有被裁剪",
+  intro: "第一次接触 GRPO？怎样读这一页", intro_text: ["模型对每个问题回答若干次，这些回答组成一组。每个回答得到一个奖励。优势表示它的奖励比本组的均值好多少：较好的回答为正，较差的为负；奖励全部相同时都为 0。", "然后，较好回答的每个词元都被推高（更可能出现），较差回答的每个词元都被压低。一个词元受到的推力 = 它在平均中的权重（1 / 词元数）× 优势 × 比率。", "比率是词元现在的概率除以采样时的概率。采样后的第一次优化时它等于 1。之后的优化会裁剪它：已经沿推力方向移动太远的词元不再受推。", "KL 把每个词元拉回训练开始时的模型。"],
   alike: (n) => `，另有 ${n} 个相同`,
   same_push: "比率为 1 时，一个回答的所有词元对 log π 的推力都相同：GRPO 并不知道是哪个词元使答案正确。词元能移动多少取决于它的概率：请把颜色换成“对该词元 logit 的推力”。",
   legend: (m) => `绿色实线：概率变大；红色虚线：概率变小；删除线：被裁剪。最强：${m}`, legend_other: (a, b) => `颜色越深越大：${a} 到 ${b}`,
@@ -68,7 +72,7 @@ zh: {
   clip_high: (e) => `r 大于 1 + ${e} 且 A 为正：已超过裁剪范围，没有梯度`, clip_low: (e) => `r 小于 1 ${MINUS} ${e} 且 A 为负：已超过裁剪范围，没有梯度`, no_slope: "没有梯度：该词元被裁剪或不参与训练",
   kl: "与参考模型的 KL", kl_slope: "它的导数", weight: "每个词元在损失中的权重", weight_mean: (n, t) => `1 / (${n} 个回答 × ${t} 个词元)`,
   push: "对 log π 的推力 = 损失梯度的相反数", exact: "反向传播给出的梯度", logit: "对该词元自身 logit 的推力", logit_why: "π 接近 1 时接近 0：已无处可去",
-  entropy: "分布的熵", nats: "奈特", sampler: "采样器的 log π", token_of: (i, n) => `第 ${i} 个词元，共 ${n} 个`, here: "位置",
+  entropy: "分布的熵", nats: "奈特", sampler: "采样器的 log π", token_of: (i, n) => `第 ${i} 个词元，共 ${n} 个`,
   likelier: "这次更新使该词元更可能出现。", unlikelier: "这次更新使该词元更不可能出现。", still: "这次更新不改变该词元。",
   question: "问题", hits: (n) => `找到 ${n} 处`, in_question: "问题",
   ev_acc: (a, b) => `测试准确率：${a} → ${b}`, rose: "上升，超出 95 % 区间", fell: "下降，超出 95 % 区间", unclear: "区间重叠，不能排除偶然",
@@ -150,12 +154,14 @@ function glance() {
       const change = b["eval/accuracy_low"] > a["eval/accuracy_high"] ? "rose" : b["eval/accuracy_high"] < a["eval/accuracy_low"] ? "fell" : "unclear";
       lines.push(`${prefix}${t("ev_acc", text(a), text(b))}: ${t(change)}`);
     }
+    const places = { inside: [], outside: [] };
     for (const chart of data.charts.filter((c) => c.band)) {
-      const last = each.metrics.findLast((m) => chart.name in m);
-      if (!last) continue;
-      const x = last[chart.name], good = x >= chart.band[0] && x <= chart.band[1];
-      lines.push(`${prefix}${t("charts")[chart.name]} ${num(x, 3)}: ${t(good ? "inside" : "outside")} (${num(chart.band[0])}–${num(chart.band[1])})`);
+      const x = each.metrics.findLast((m) => Number.isFinite(m[chart.name]))?.[chart.name];
+      if (x === undefined) continue;
+      const good = x >= chart.band[0] && x <= chart.band[1];
+      places[good ? "inside" : "outside"].push(`${t("charts")[chart.name]} ${num(x, 3)} (${num(chart.band[0])}–${num(chart.band[1])})`);
     }
+    for (const [where, found] of Object.entries(places)) if (found.length) lines.push(`${prefix}${t(where)}: ${found.join("; ")}`);
     const found = alarmsOf(each.metrics);
     lines.push(prefix + (found.length ? t("alarms_some", found.length) : t("alarms_none")));
     for (const one of found) alarms.push(h("p", { className: "alarm" }, h("b", {}, `▲ ${prefix}${one.name}, ${t("alarm_steps", one.first, one.last)}: `), h("span", { lang: "en" }, data.alarms[one.name])));
@@ -164,6 +170,7 @@ function glance() {
   $("verdict").replaceChildren(...lines.map((line) => h("li", {}, line)));
   $("alarms").replaceChildren(...alarms);
   $("charts").replaceChildren(...data.charts.map(figure).filter(Boolean));
+  $("intro").replaceChildren(h("summary", {}, t("intro")), ...t("intro_text").map((text) => h("p", {}, text)));
 }
 const W = 300, H = 110, LEFT = 34, BOTTOM = 14;
 /** One metric over the steps, of each run: band, interval, line, alarms; or null without values. */
@@ -346,6 +353,11 @@ function showStep() {
   if (order.length && bySign) {
     const ends = [...strongest(order.filter((x) => x.value > 0)), ...strongest(order.filter((x) => x.value < 0).reverse())];
     $("strongest").replaceChildren(h("span", {}, t("strongest"), " "), ...ends.map(({ k, i, value, alike }) => h("button", { type: "button", onclick: () => { showToken(k, i, true); } }, `${value > 0 ? "▲" : "▼"} ${named(now.completions[k].tokens[i])} ${signed(value)}${alike > 1 ? t("alike", alike - 1) : ""}`)));
+  }
+  const clips = now.completions.flatMap((c, k) => (c.updates ?? []).map((u, n) => ({ c, k, u, n }))).filter(({ u }) => u.clipped.length);
+  if (now.completions.some((c) => (c.updates ?? []).some((u) => u.old))) {
+    const buttons = clips.slice(0, 6).map(({ c, k, u, n }) => h("button", { type: "button", onclick: () => { c.chosen = n; showStep(); showToken(k, u.clipped[0], true); } }, t("clip_at", named(c.tokens[u.clipped[0]]), u.clipped.length, u.update)));
+    $("strongest").append(h("div", {}, h("span", {}, t("clips"), " "), ...(buttons.length ? buttons : [h("span", { className: "note" }, t("no_clips"))])));
   }
   const withTokens = now.groups.filter((g) => now.completions.some((c) => c.group === g.group)), rest = now.groups.filter((g) => !withTokens.includes(g));
   withTokens.sort((a, b) => now.completions.findIndex((c) => c.group === a.group) - now.completions.findIndex((c) => c.group === b.group));
