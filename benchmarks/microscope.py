@@ -144,7 +144,7 @@ class Browser:
     def key(self, name: str) -> None:
         """Press a key."""
         for kind in ("keyDown", "keyUp"):
-            code = {"ArrowRight": 39, "ArrowLeft": 37}[name]
+            code = {"ArrowRight": 39, "Enter": 13, "Escape": 27}[name]
             own = {"key": name, "code": name, "windowsVirtualKeyCode": code}
             self.call("Input.dispatchKeyEvent", type=kind, **own)
 
@@ -261,6 +261,11 @@ def look(runs: list[Path], out: Path) -> None:
         page.key("ArrowRight")
         reached = page.js("document.activeElement.dataset.i")
         check("keys go on to the next token", reached == "1", done)
+        page.key("Enter")
+        there = page.js("document.activeElement.id")
+        page.key("Escape")
+        back = page.js("document.activeElement.dataset.i")
+        check("Enter goes to its numbers, Escape back", there == "token" and back == "1", done)
         page.choose("search", "answer", "input")
         hits = page.js("document.querySelectorAll('#hits button').length")
         check("search finds", hits > 0, done)

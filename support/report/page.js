@@ -16,7 +16,7 @@ en: {
   chart_note: "Shaded: where a healthy run is. A triangle: an alarm begins. The dashed line is the step that is shown below; a click on a chart chooses it.",
   healthy: "healthy", what: "what is it?", at: (s) => `at step ${s}`,
   tint: "Colour", tint_push: "push on log π", tint_logit: "push on the token’s logit", tint_log: "log π", tint_ratio: "ratio", tint_kl: "KL", tint_entropy: "entropy",
-  token_head: "A token", choose: "Choose a token: point at it, touch it, or go to it with Tab and the arrow keys.",
+  token_head: "A token", choose: "Choose a token: point at it, touch it, or go to it with Tab and the arrow keys (Enter goes to its numbers, Escape comes back).",
   no_recording: "This run has no recording of its completions (it was made with --log_completions 0, or by an older version), so there are only its curves.",
   no_answers: "No held-out answers were recorded: the run was not evaluated, or made without a recording.",
   thinned: (n) => `The recording keeps every ${n}th step, so that the file stays small.`,
@@ -52,7 +52,7 @@ zh: {
   chart_note: "阴影：健康的范围。三角：警报开始。虚线是下面显示的那一步；点击曲线可以选择。",
   healthy: "健康范围", what: "这是什么？", at: (s) => `第 ${s} 步`,
   tint: "颜色", tint_push: "对 log π 的推力", tint_logit: "对该词元 logit 的推力", tint_log: "log π", tint_ratio: "比率", tint_kl: "KL", tint_entropy: "熵",
-  token_head: "词元", choose: "请选择一个词元：用鼠标指向、触摸，或用 Tab 键和方向键。",
+  token_head: "词元", choose: "请选择一个词元：用鼠标指向、触摸，或用 Tab 键和方向键（Enter 进入它的数字，Escape 返回）。",
   no_recording: "这次训练没有保存回答的记录（--log_completions 0，或旧版本），因此只有曲线。",
   no_answers: "没有保存测试题的回答：没有做过评测，或没有记录。",
   thinned: (n) => `为了限制文件大小，记录每 ${n} 步保留一步。`,
@@ -329,6 +329,7 @@ function showToken(k, i, focus = false) {
 }
 function noToken() {
   state.token = null;
+  for (const old of document.querySelectorAll(".tok[aria-pressed=true]")) old.setAttribute("aria-pressed", "false");
   $("token").classList.add("empty");
   $("detail").replaceChildren(h("p", { className: "note" }, t("choose")));
 }
@@ -393,6 +394,11 @@ function completionOf(group, c, k, largest) {
   const buttons = (c.updates ?? []).length > 1 ? h("div", { className: "note" }, `${t("updates")}: `, c.updates.map((each, n) => h("button", { type: "button", "aria-pressed": String(n === (c.chosen ?? 0)), onclick: () => { c.chosen = n; const kept = state.token; showStep(); if (kept) showToken(kept.k, kept.i); } }, t("update", each.update)))) : u ? h("span", { className: "note" }, `${t("updates")}: ${t("update", u.update)}`) : null;
   const tokens = h("div", { className: "tokens", role: "group", dir: "auto", "aria-label": facts.join(", ") }, c.opened ? h("span", { className: "opened" }, visible(c.opened)) : null, c.tokens.map((text, i) => tokenOf(c, u, k, i, text, largest)));
   tokens.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") { // to the numbers; Escape comes back
+      event.preventDefault();
+      $("token").focus();
+      return;
+    }
     const step = { ArrowRight: 1, ArrowLeft: -1, Home: -1e9, End: 1e9 }[event.key], at = event.target.dataset?.i;
     if (!step || at === undefined) return;
     event.preventDefault();
@@ -487,7 +493,12 @@ $("forward").onclick = () => goTo(state.step + 1);
 $("tint").onchange = () => { state.tint = $("tint").value; showStep(); };
 $("search").oninput = search;
 $("close").onclick = noToken;
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") noToken(); });
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  const chosen = $("token").contains(document.activeElement) && document.querySelector(".tok[aria-pressed=true]");
+  if (chosen) chosen.focus();
+  else noToken();
+});
 state.step = Math.max(0, run().steps.findIndex((each) => each.completions.some((c) => c.updates)));
 render();
 })();
