@@ -291,10 +291,16 @@ def look(runs: list[Path], out: Path) -> None:
 
 def pictures(page: Browser, out: Path, done: list[str]) -> None:
     """Dark, phone and Chinese; a phone's page must not be wider than the phone."""
+    themes = []
+    for _ in range(2):
+        page.js("document.getElementById('theme').click()")
+        themes.append(page.js("getComputedStyle(document.body).backgroundColor"))
+    check("the button turns dark and light", len({*themes}) == 2, done)
     page.js("document.querySelector('.tok').click()")
     page.js("document.getElementById('glance-head').scrollIntoView()")
     page.picture(out / "report-glance.png")
     page.size(1280, 900, dark=True)
+    page.js("delete document.documentElement.dataset.theme")
     page.js("document.getElementById('step-part').scrollIntoView()")
     page.picture(out / "report-dark.png")
     page.size(390, 844)

@@ -35,6 +35,7 @@ en: {
   prob: "How likely was the token?", old: "… when it was sampled", same_old: "the same: with one optimizer step for each rollout, the policy that is trained is the one that sampled",
   ratio: "Ratio, new to old", ratio_seq: "Ratio of the whole completion, new to old", adv: "Advantage of the completion", policy: "Policy term (to be minimized)", slope: "Its slope at log π",
   clip_high: (e) => `r is above 1 + ${e} and A is positive: likelier than the clip rewards, so no gradient`, clip_low: (e) => `r is below 1 ${MINUS} ${e} and A is negative: less likely than the clip punishes, so no gradient`, no_slope: "no gradient: this token is clipped or left out",
+  whole_kl: "this KL is over the whole vocabulary; its gradient goes to all logits, and is not part of the push on log π", whole_entropy: "the entropy bonus has a gradient too; it goes to all logits, and is not part of the push on log π",
   kl: "KL to the reference", kl_slope: "its slope", weight: "Weight of each token in the loss", weight_mean: (n, t) => `1 / (${n} completions × ${t} tokens)`,
   push: "Push on log π = minus the gradient of the loss", exact: "the gradient as the backward pass gave it", logit: "Push on the token’s own logit", logit_why: "near 0 where π is near 1: such a token has nowhere to go",
   entropy: "Entropy of the distribution", nats: "nats", sampler: "The sampler’s log π", token_of: (i, n) => `token ${i} of ${n}`,
@@ -70,6 +71,7 @@ zh: {
   prob: "这个词元的概率有多大？", old: "……采样时", same_old: "相同：每次采样只做一次优化，被训练的策略就是采样的策略",
   ratio: "新旧概率之比", ratio_seq: "整个回答的新旧概率之比", adv: "回答的优势", policy: "策略项（要最小化）", slope: "它对 log π 的导数",
   clip_high: (e) => `r 大于 1 + ${e} 且 A 为正：已超过裁剪范围，没有梯度`, clip_low: (e) => `r 小于 1 ${MINUS} ${e} 且 A 为负：已超过裁剪范围，没有梯度`, no_slope: "没有梯度：该词元被裁剪或不参与训练",
+  whole_kl: "这个 KL 在整个词表上计算，它的梯度作用于所有 logit，不在对 log π 的推力之内", whole_entropy: "熵奖励也有梯度，它作用于所有 logit，不在对 log π 的推力之内",
   kl: "与参考模型的 KL", kl_slope: "它的导数", weight: "每个词元在损失中的权重", weight_mean: (n, t) => `1 / (${n} 个回答 × ${t} 个词元)`,
   push: "对 log π 的推力 = 损失梯度的相反数", exact: "反向传播给出的梯度", logit: "对该词元自身 logit 的推力", logit_why: "π 接近 1 时接近 0：已无处可去",
   entropy: "分布的熵", nats: "奈特", sampler: "采样器的 log π", token_of: (i, n) => `第 ${i} 个词元，共 ${n} 个`,
@@ -282,11 +284,12 @@ function explain(c, u, i) {
   let klSlope = null;
   if (u.kl) {
     const ref = u.reference?.[i];
-    if (u.gradient) klSlope = (u.gradient[i] / u.weight - slope) / o.kl_weight;
+    if (u.gradient && o.kl_estimator !== "full") klSlope = (u.gradient[i] / u.weight - slope) / o.kl_weight;
     if (o.kl_estimator === "k3" && ref !== undefined) {
       klSlope = u.kl[i] >= 10 ? 0 : 1 - Math.exp(ref - now); // loss.py's KL_LIMIT
       add(t("kl"), `k3 = π_ref/π ${MINUS} log(π_ref/π) ${MINUS} 1 = ${num(Math.exp(ref - now))} ${MINUS} ${inside(ref - now)} ${MINUS} 1 = ${num(u.kl[i])}`, "kl", `log π_ref = ${num(ref)};  ${t("kl_slope")}: 1 ${MINUS} π_ref/π = ${num(klSlope)}`);
-    } else add(t("kl"), `${o.kl_estimator} = ${num(u.kl[i])}`, "other_kl", ref === undefined ? null : `log π_ref = ${num(ref)}`);
+    } else if (o.kl_estimator === "full") add(t("kl"), num(u.kl[i]), null, t("whole_kl"));
+    else add(t("kl"), `${o.kl_estimator} = ${num(u.kl[i])}`, "other_kl", ref === undefined ? null : `log π_ref = ${num(ref)}`);
   }
   const length = u.log_probs.length, count = 1 / (u.weight * length);
   const mean = o.loss_agg_mode === "seq-mean-token-mean" && Math.abs(count - Math.round(count)) < 1e-3;
@@ -295,7 +298,7 @@ function explain(c, u, i) {
   add(t("push"), `${MINUS}w × ${sum} = ${signed(p)}`, "gradient", u.gradient ? t("exact") : null);
   const q = Math.exp(now), heat = temperature();
   add(t("logit"), `${signed(p)} × (1 ${MINUS} ${num(q)})${heat === 1 ? "" : ` / ${num(heat)}`} = ${signed(TINTS.logit(u, i))}`, null, t("logit_why"));
-  add(t("entropy"), `${num(u.entropies[i])} ${t("nats")}`, "entropy");
+  add(t("entropy"), `${num(u.entropies[i])} ${t("nats")}`, "entropy", o.entropy_weight > 0 ? t("whole_entropy") : null);
   if (u.sampler) add(t("sampler"), num(u.sampler[i]), null);
   return lines;
 }
