@@ -14,15 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support import recording_file as lines
 from support.distributed import exchange
-from support.recording_file import (
-    MOST_GROUPS,
-    MOST_TOKENS,
-    RecordingFile,
-    completion_of,
-    group_of,
-    question_of,
-)
+from support.recording_file import MOST_GROUPS, MOST_TOKENS, RecordingFile
 from support.recording_numbers import cut_row, keep_gradient, numbers_of
 
 Place = tuple[int, int]  # of a completion: its group, and its place in there
@@ -75,7 +69,7 @@ class Recording:
         places = list(dict.fromkeys([*places, *idle]))  # one that teaches nothing, too
         shown = list(dict.fromkeys([*(q for q, _ in places), *range(len(groups))]))[:MOST_GROUPS]
         names = list(self.run.rewards)
-        described = [group_of(q, groups[q], advantages[q], names) for q in sorted(shown)]
+        described = [lines.group_of(q, groups[q], advantages[q], names) for q in sorted(shown)]
         completions, room = {}, MOST_TOKENS
         for q, i in places:
             prompt, ids = groups[q].question.prompt_ids, groups[q].completions[i].ids
@@ -83,7 +77,7 @@ class Recording:
             if room < 0:
                 break
             completions[q, i] = {"group": q, "index": i}
-            completions[q, i] |= completion_of(groups[q], i, self.run.tokenizer)
+            completions[q, i] |= lines.completion_of(groups[q], i, self.run.tokenizer)
             wanted = (q, i), [*prompt, *ids], float(advantages[q, i])
             self.wanted.setdefault((len(prompt) + len(ids), len(ids)), []).append(wanted)
         self.rollout = {"groups": described, "all": len(groups), "completions": completions}
@@ -122,7 +116,7 @@ class Recording:
     def keep_answers(self, groups: list[Any]) -> None:
         """Of an evaluation: the greedy answers to its first questions."""
         found = groups[: self.run.config.log_completions]
-        self.answers = [question_of(group) | completion_of(group, 0) for group in found]
+        self.answers = [lines.question_of(g) | lines.completion_of(g, 0) for g in found]
 
     # -------------------------------------------------------------------------- after the step
 

@@ -10,7 +10,10 @@ from support.recording_file import rounded
 
 
 def cut_row(i: int, count: int, values: Tensor) -> Tensor:
-    """Row i of (B,) or (B, C), without padding: (1,) or (1, count); of no graph, and no view."""
+    """Row i of (B,) or (B, C), without padding: (1,) or (1, count); of no graph, and no view.
+
+    What is as long as a whole sequence is cut to nonsense, and not used.
+    """
     row = values.detach()[i : i + 1]
     return (row if row.dim() == 1 else row[:, :count]).clone()
 
