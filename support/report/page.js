@@ -419,7 +419,6 @@ function tokenOf(c, u, k, i, text, largest) {
   element.classList.toggle("clipped", u.clipped.includes(i));
   const colour = !by ? "--other" : value > 0 ? "--up" : "--down", strength = Math.min(1, Math.abs(value) / largest);
   if (value) element.style.backgroundColor = `rgb(var(${colour}) / ${(0.06 + 0.5 * strength).toFixed(3)})`;
-  element.addEventListener("mouseenter", () => showToken(k, i));
   element.addEventListener("focus", () => { if (state.token?.k !== k || state.token?.i !== i) showToken(k, i); });
   element.addEventListener("click", () => showToken(k, i));
   return element;
@@ -501,6 +500,15 @@ document.addEventListener("keydown", (event) => {
   const chosen = $("token").contains(document.activeElement) && document.querySelector(".tok[aria-pressed=true]");
   if (chosen) chosen.focus();
   else noToken();
+});
+// Pointing at a token. What scrolls under a mouse that rests is not pointed at.
+let mouse = "";
+document.addEventListener("mousemove", (event) => {
+  const before = mouse, token = event.target.closest?.(".tok");
+  mouse = `${event.clientX} ${event.clientY}`;
+  if (!token || mouse === before) return;
+  const k = Number(token.dataset.k), i = Number(token.dataset.i);
+  if (state.token?.k !== k || state.token?.i !== i) showToken(k, i);
 });
 state.step = Math.max(0, run().steps.findIndex((each) => each.completions.some((c) => c.updates)));
 render();
