@@ -336,7 +336,8 @@ class Config:
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", at_least=1)
     log_completions: int = option(
         4,
-        "pages of samples in TensorBoard each step: a group's best and worst, in turn",
+        "samples that are kept each step, a group's best and worst, in turn: as pages in "
+        "TensorBoard, and with all numbers of their tokens for report.py; 0: none",
         at_least=0,
     )
 

@@ -58,18 +58,22 @@ def evaluate(
     questions: list[Question],
     config: Config,
     show: Callable[[Iterable], Iterable] = iter,
+    keep: Callable[[list[Any]], None] = lambda groups: None,
 ) -> Metrics:
     """Accuracy on `questions`: greedy; and of `eval_samples` samples, where the config asks for it.
 
     Args:
         sample: (questions, group_size, sampling, progress) → groups.
         show: wraps the loops over batches (a progress bar).
+        keep: is given the greedy answers, a group of one for each question.
     Returns:
         the eval/ metrics as (sum, count).
     """
     greedy = Sampling(config.max_new_tokens, temperature=0.0, batch_size=config.rollout_batch_size)
     with torch.random.fork_rng(devices=[]):
-        answers = [group.completions[0] for group in sample(questions, 1, greedy, show)]
+        groups = sample(questions, 1, greedy, show)
+    keep(groups)
+    answers = [group.completions[0] for group in groups]
     n, pairs = len(questions), list(zip(answers, questions, strict=True))
     said = [(q.opened + a.text, q.reference, a.truncated) for a, q in pairs]
     strict, flexible = (sum(f(*one) for one in said) for f in (is_correct, is_correct_flexible))

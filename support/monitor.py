@@ -74,6 +74,7 @@ class Monitor:
         self.sums: dict[str, list] = {}
         self.writer: SummaryWriter | None = None
         self.alarms = alarms or {}
+        self.recording: Any = None  # what report.py shows: a Recording, if there is one
         self.charted, self.laid_out = set(SOMETIMES), False  # the charts of this run's metrics
         # What the alarms remember: the last steps, and all evaluations before them.
         self.rows: deque[dict[str, float]] = deque()
@@ -131,12 +132,16 @@ class Monitor:
     ) -> None:
         """The best and the worst completion of the groups that teach most, as pages of text.
 
+        They are recorded too.
+
         Args:
             advantages: float (Q, G).
             count: pages; two for each group, those with the largest spread first.
         """
         order = advantages.abs().sum(dim=-1).sort(descending=True, stable=True).indices.tolist()
         places = [(q, int(f(advantages[q]))) for q in order for f in (torch.argmax, torch.argmin)]
+        if self.recording is not None:
+            self.recording.choose(groups, advantages, places[:count], step)
         for page, (q, i) in enumerate(places[:count]):
             group, kind = groups[q], ("best", "worst")[page % 2]
             text = completion_page(
@@ -205,6 +210,8 @@ class Monitor:
 
     def close(self) -> None:
         """Close the logs; if the disk is full, that has been said already."""
+        if self.recording is not None:
+            self.recording.close()
         with suppress(OSError):
             if self.writer is not None:
                 self.writer.close()

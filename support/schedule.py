@@ -39,6 +39,7 @@ from support.evaluation import evaluate
 from support.model import chooses_mps, set_learning_rate
 from support.model_card import write_card
 from support.monitor import describe_run, log_line, progress, quiet_progress
+from support.recording import Recording
 
 Steps = Iterator[tuple[int, torch.Generator]]
 # What decides the questions of an evaluation; with others its accuracy is another thing.
@@ -71,6 +72,8 @@ def open_run(
         run.run_dir = Path(resume) if resume else on_main(lambda: hold(config, None, held))
         print(describe_start(run, resume))
         steps = scheduled_steps(run)
+        if config.log_completions:
+            run.monitor.recording = Recording(run)
         try:
             if is_main():
                 open_logs(run, resume)
@@ -111,6 +114,8 @@ def open_logs(run: Any, resume: str | None) -> None:
     """The logs of a run, whose first page says what it is."""
     checkpoint.sweep(run.run_dir)
     run.monitor.open(run.run_dir, run.start_step)
+    if run.monitor.recording is not None:
+        run.monitor.recording.open(run.run_dir, run.start_step)
     if resume:  # new_run_dir has written that of a new run
         before = read_config_file(run.run_dir / "config.yaml")
         if any(before.get(name) != getattr(run.config, name) for name in EVALUATED):
@@ -176,7 +181,7 @@ def scheduled_steps(run: Any) -> Steps:
     config, monitor, first = run.config, run.monitor, run.start_step + 1
     if first == 1 and config.eval_interval:
         evaluate_run(run)
-        monitor.flush(0, config.steps)
+        log(run, 0)
     with Interruption() as interrupted:
         for step in progress(range(first, config.steps + 1), "steps"):
             start = time.perf_counter()
@@ -187,7 +192,7 @@ def scheduled_steps(run: Any) -> Steps:
             last, stuck = step == config.steps, 0 < config.max_skipped_steps <= run.skipped
             if is_due(config.eval_interval, step, last):
                 evaluate_finished(run, step)
-            monitor.flush(step, config.steps)
+            log(run, step)
             stop = in_any(interrupted()) or stuck
             if is_due(config.checkpoint_interval, step, last or stop):
                 weights = partial(weight_sums, run.policy.model)
@@ -219,9 +224,18 @@ def seed_step(seed: int, step: int) -> torch.Generator:
 
 def evaluate_run(run: Any) -> None:
     """Held-out accuracy into the log."""
+    recording = run.monitor.recording
+    keep = (lambda groups: None) if recording is None else recording.keep_answers
     with run.monitor.time("time/evaluate"):
         show = quiet_progress("evaluate")
-        run.monitor.add_all(evaluate(run.sample, run.held_out, run.config, show))
+        run.monitor.add_all(evaluate(run.sample, run.held_out, run.config, show, keep))
+
+
+def log(run: Any, step: int) -> None:
+    """Write what was found in a step: its metrics, and the completions that are recorded."""
+    run.monitor.flush(step, run.config.steps)
+    if run.monitor.recording is not None:
+        run.monitor.recording.write(step)
 
 
 def evaluate_finished(run: Any, step: int) -> None:
@@ -230,7 +244,7 @@ def evaluate_finished(run: Any, step: int) -> None:
         try:
             evaluate_run(run)
         except UserError:
-            run.monitor.flush(step, run.config.steps)
+            log(run, step)
             raise
 
 
@@ -325,6 +339,6 @@ def say_goodbye(run_dir: Path, step: int, steps: int) -> None:
     if saved:
         folder, further = quoted(run_dir), f" --steps {2 * step}" if step == steps else ""
         log_line(
-            f"look: python run.py --model {folder}   go on: python train.py --resume {folder}"
-            f"{further}"
+            f"look: python run.py --model {folder}   closer: python report.py {folder}   "
+            f"go on: python train.py --resume {folder}{further}"
         )

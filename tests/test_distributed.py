@@ -23,6 +23,7 @@ from support.config import Config
 from support.distributed import my_part, processes
 from support.errors import UserError
 from support.model import load_model
+from support.recording_file import FILE, read_rows
 
 SMALL = [
     "--preset=tiny", "--device=cpu", "--rollouts_per_step=3", "--group_size=5", "--train_batch_size=15",
@@ -56,6 +57,15 @@ def jobs(folder):
         found[name] = [*SMALL, f"--objective={name}", *OWN.get(name, [])]
     place = [f"--dataset={FEW[0]}"]
     return {name: [*argv, *place, f"--run_dir={folder / name}"] for name, argv in found.items()}
+
+
+def same(one, other):
+    """Whether two parts of a recording say the same, numbers to rounding."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == pytest.approx(other, abs=2e-3, rel=2e-2) if type(one) is float else one == other
 
 
 def launch(count, *arguments, wait=True):
@@ -122,6 +132,17 @@ def test_several_processes_do_what_one_does(place, count, name):
             # Where a gradient is nearly 0, Adam makes a step of about lr of its rounding.
             gap = (one - other).abs()
             assert (gap > 2e-6).double().mean() < 0.01 and gap.max() < 1e-4
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_recording_is_that_of_one_process(place, count):
+    """The same completions, in the same optimizer steps, whichever process trained them."""
+    for n in (1, count):
+        results(n, place / str(n))
+    one, other = (read_rows(place / str(n) / "whole" / FILE)[0] for n in (1, count))
+    assert [row["step"] for row in one] == [0, 1, 2, 2, 3, 4, 4]
+    assert any(c.get("updates") for row in one for c in row.get("completions", []))
+    assert same(one, other)
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 3)])
