@@ -243,7 +243,7 @@ def build(config: Config, resume: str | None) -> Trainer:
     return trainer
 
 
-@command
+@command(several=True)
 def main(argv: list[str]) -> None:
     """Read the command line, build the trainer, open the run folder, train."""
     config, others = parse_config(argv, __doc__, NAMES)

@@ -309,7 +309,7 @@ def put(part: str, lines: list[str]) -> None:
     path.write_text(re.sub(pattern, lambda _: new, text, flags=re.S), encoding="utf-8")
 
 
-@command
+@command(several=True)
 def main(argv: list[str]) -> None:
     """One of the three parts."""
     if argv[:1] == ["--child"]:

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 MOST_SHOWN = 24  # names in one sentence
 PATIENCE = 15.0  # seconds, longer than a launcher takes to end the others
@@ -77,8 +78,14 @@ def is_text(text: str) -> bool:
     return True
 
 
-def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command's `main`: a UserError ends it with exit code 2, Ctrl-C with 130."""
+def command(main: Callable[..., None] | None = None, several: bool = False) -> Callable[..., Any]:
+    """Decorate a command's `main`: a UserError ends it with exit code 2, Ctrl-C with 130.
+
+    Args:
+        several: it works in several processes; others are refused there, and would write twice.
+    """
+    if main is None:
+        return functools.partial(command, several=several)
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
@@ -88,6 +95,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.reconfigure(errors="replace")
         code = 0
         try:
+            if not several and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+                raise UserError(
+                    f"This is one of {os.environ['WORLD_SIZE']} processes, and only train.py works "
+                    "in several: start it with python, without torchrun or accelerate launch."
+                )
             main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
             say(error)

@@ -63,7 +63,8 @@ class Server:
                 ) from error
             raise NotNow(
                 f"The server at {self.url} cannot be reached, or has ended "
-                f"({type(cause).__name__}: {cause})."
+                f"({type(cause).__name__}: {cause}); start it (docs/served.md), or leave out "
+                "--rollout_url."
             ) from error
 
 

@@ -106,8 +106,8 @@ Flags that follow from no option: {always}.
 # What differs in silence, whatever the options are.
 SILENT = (
     "Advantages are divided by std + 1e-6, the run's by std + 1e-4: with rewards of 0 and 1 "
-    "and groups of 12 a difference below 0.04 %. In a group of equal rewards the run's advantages "
-    "are exactly 0; verl's may be rounding noise divided by 1e-6, where the rewards are not sums "
+    "and groups of 12, for example, a difference below 0.04 %. In a group of equal rewards the "
+    "run's advantages are exactly 0; verl's may be rounding noise divided by 1e-6, where the rewards are not sums "
     "of powers of 2.",
     "A reward sees one completion at a time: no group, no token ids, and `truncated` is always "
     "false. So an answer that is cut off in the middle of its tag may count as one. What no reward "
@@ -115,11 +115,12 @@ SILENT = (
     "A reward sees the completion without any special tokens of the tokenizer; the run leaves out "
     "end tokens only.",
     "The rows of train.parquet stand in the order of the run's first pass over the questions, and "
-    "`data.shuffle` is off: the first pass asks the same questions in the same steps. verl repeats "
+    "`data.shuffle` is off: the first pass asks the same questions in the same steps, from the "
+    "first question on, also where verl starts with a checkpoint that has seen them. verl repeats "
     "this order in each pass and drops the questions that do not fill a step at its end; the run "
     "has another order in each pass, and drops none.",
-    "The reference of the KL is the model that verl starts with (with adapters: without them). The "
-    "state of the optimizer is not handed over, and the warm-up begins anew.",
+    "The reference of the KL, if there is one, is the model that verl starts with (with adapters: "
+    "without them). The state of the optimizer is not handed over, and the warm-up begins anew.",
     "Completions are sampled by {sampler}, whose arithmetic differs from the trainer's. verl logs "
     "the gap (`rollout_probs_diff_mean`); `--sampler_correction token_truncate` corrects for it.",
     "A validation logs the mean of the weighted reward and of each reward by its name. The run's "

@@ -284,7 +284,7 @@ def of_run(config: Config, objective: Any, cluster: Cluster) -> dict[str, Entry]
         "preset": Entry(note="a name for the values in this table"),
         "run_dir": Entry({"trainer.default_local_dir": Here("checkpoints")}),
         "seed": Entry(seeds, "the questions come in the run's order; what is sampled is another"),
-        "steps": Entry(steps),
+        "steps": Entry(steps, "counted from the model that verl starts with, whatever it has done"),
         "device": Entry({"trainer.device": "cuda"}, "verl trains on GPUs"),
     }
 

@@ -17,6 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import REWARDS, record
 
+import check_data
+import merge
+import report
+import to_verl
 from objectives.table import OBJECTIVES
 from support import schedule
 from support.config import Config
@@ -241,6 +245,14 @@ def test_several_processes_need_a_launcher(monkeypatch):
         processes(Config()),
     ):
         pass
+
+
+@pytest.mark.parametrize("main", [check_data.main, to_verl.main, report.main, merge.main])
+def test_other_commands_are_refused_in_several_processes(monkeypatch, capsys, main):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 2 and "only train.py works in several" in capsys.readouterr().err
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capsys):
