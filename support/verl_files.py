@@ -107,8 +107,8 @@ Flags that follow from no option: {always}.
 SILENT = (
     "Advantages are divided by std + 1e-6, the run's by std + 1e-4: with rewards of 0 and 1 "
     "and groups of 12, for example, a difference below 0.04 %. In a group of equal rewards the "
-    "run's advantages are exactly 0; verl's may be rounding noise divided by 1e-6, where the rewards are not sums "
-    "of powers of 2.",
+    "run's advantages are exactly 0; verl's may be rounding noise divided by 1e-6, where the "
+    "rewards are not sums of powers of 2.",
     "A reward sees one completion at a time: no group, no token ids, and `truncated` is always "
     "false. So an answer that is cut off in the middle of its tag may count as one. What no reward "
     "can score has the reward 0 and is trained; the run leaves it out.",
