@@ -19,7 +19,7 @@ from support.config import Config, check_place, resolve_path
 from support.data import Question, load_questions
 from support.errors import UserError, command
 from support.model import load_tokenizer
-from support.prompts import check_tags, holds, prompts_of, with_prompts
+from support.prompts import check_lengths, check_tags, holds, prompts_of
 
 SHOWN, EXAMPLES = 3, 5  # prompts, final answers
 BROKEN = ("\ufffd", "\0", "â€", "Ã©", "Ã¼")  # UTF-8 that was read as something else
@@ -59,8 +59,10 @@ def say_lengths(what: str, lengths: list[int], budget: int, option: str) -> None
     )
 
 
-def say_split(split: str, questions: list[Question], tokenizer: Any, config: Config) -> None:
-    """All there is to say of one split."""
+def say_split(
+    split: str, questions: list[Question], tokenizer: Any, config: Config
+) -> list[list[int]]:
+    """All there is to say of one split; returns the tokens of its prompts."""
     print(f"{split}: {len(questions)} questions")
     say_columns(questions, config)
     say_answers(questions)
@@ -82,17 +84,22 @@ def say_split(split: str, questions: list[Question], tokenizer: Any, config: Con
             f"  {len(broken)} questions have signs of a wrong encoding, such as "
             f"{broken[0][:80]!r}: save the file again, as UTF-8"
         )
+    return tokens
+
+
+def plain(question: Question) -> str:
+    """Its text without the case of letters, and with single spaces."""
+    return " ".join(question.question.split()).casefold()
 
 
 def say_duplicates(train: list[Question], test: list[Question]) -> None:
     """Questions that stand twice, and those of the test split that are trained on."""
-    texts = Counter(" ".join(question.question.split()).casefold() for question in train)
+    texts = Counter(map(plain, train))
     twice = sum(count - 1 for count in texts.values())
     print(f"duplicates: {twice} inside train")
     answers: dict[str, Question] = {}
     for question in train:
-        text = " ".join(question.question.split()).casefold()
-        first = answers.setdefault(text, question)
+        first = answers.setdefault(plain(question), question)
         if not same_answer(question.reference, first.reference):
             print(
                 f"  one question has two answers, {first.reference!r} and "
@@ -100,7 +107,7 @@ def say_duplicates(train: list[Question], test: list[Question]) -> None:
             )
             break
     if test:
-        seen = [q for q in test if " ".join(q.question.split()).casefold() in texts]
+        seen = [question for question in test if plain(question) in texts]
         example = f", such as {seen[0].question[:80]!r}" if seen else ""
         print(f"  {len(seen)} questions of test stand in train too{example}")
 
@@ -112,7 +119,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(config.model)
     check_tags(config.system_prompt, tokenizer)
     train = load_questions(resolve_path(config.dataset), "train", config)
-    say_split("train", train, tokenizer, config)
+    tokens = say_split("train", train, tokenizer, config)
     name = resolve_path(config.eval_dataset or config.dataset)
     test: list[Question] = []
     if not config.eval_dataset and Path(name).is_file():
@@ -128,7 +135,7 @@ def main(argv: list[str]) -> None:
     if test:
         say_split("test", test, tokenizer, config)
     say_duplicates(train, test)
-    with_prompts(train, tokenizer, config)  # UserError for what train.py would refuse too
+    check_lengths(tokens, config)  # which train.py would refuse too
 
 
 if __name__ == "__main__":

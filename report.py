@@ -10,14 +10,13 @@ completions.jsonl and metrics.jsonl; nothing is computed again, and no model is 
 """
 
 import argparse
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from objectives.table import Objective
 from support.config_file import read_config_file
-from support.errors import UserError, command, quoted
+from support.errors import UserError, as_sentence, command, quoted
+from support.files import write_whole
 from support.report_data import (
     CHARTS,
     PLACES,
@@ -36,7 +35,7 @@ class Arguments(argparse.ArgumentParser):
     """argparse, with its errors as one sentence. That of train.py would load transformers first."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message[0].upper() + message[1:].rstrip(".") + ".")
+        raise UserError(as_sentence(message))
 
 
 def newest_run() -> Path:
@@ -85,16 +84,12 @@ def page_data(folders: list[Path], language: str) -> dict[str, Any]:
     }
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     """A file that is there as a whole or not at all; UserError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_whole(path, content)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise UserError(f"Cannot write {path}: {error.strerror}; choose another file.") from error
 
 
@@ -123,7 +118,7 @@ def main(argv: list[str]) -> None:
     output = Path(given.output).expanduser() if given.output else folders[0] / "report.html"
     html = page(data).encode()
     for path, content in [(output, html), *pictures]:
-        write_whole(path, content)
+        write(path, content)
         print(f"written: {quoted(path)}, {len(content) / 1e6:.1f} MB")
     for run in data["runs"]:
         said = [f"{len(run['steps'])} steps with tokens", *filter(None, [run["note"]])]

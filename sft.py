@@ -12,7 +12,6 @@ nothing here.
 """
 
 import re
-import shutil
 from typing import Any
 
 import torch
@@ -23,11 +22,12 @@ from loss import sequences_log_probs
 from objectives.equations import token_weights
 from objectives.table import NAMES
 from replay_buffer import Experience, batches, pad_batch
-from support.checkpoint import new_run_dir, open_to_readers
+from support.checkpoint import new_run_dir
 from support.command_line import parse_config
 from support.config import Config, resolve_path
 from support.data import Question, QuestionStream, load_questions
 from support.errors import UserError, command, quoted
+from support.files import open_to_readers, removed_on_failure
 from support.model import build_accelerator, build_optimizer, load_to_train, load_tokenizer
 from support.model_card import save_tokenizer
 from support.monitor import progress
@@ -119,19 +119,15 @@ def main(argv: list[str]) -> None:
     folder, _held = new_run_dir(config, resumable=False)
     policy = accelerator.prepare_model(policy)
     optimizer = build_optimizer(policy.model, config)
-    try:
+    with removed_on_failure(folder):
         fit(policy, optimizer, tokenizer, QuestionStream(questions, config.seed), config)
-    except BaseException:  # Ctrl-C too: half of a warm start is kept nowhere
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    try:
-        model.save_pretrained(folder / "model")
-        open_to_readers(folder)
-        save_tokenizer(folder / "model", tokenizer, config)
-        config.save(folder / "model" / "config.yaml")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"Cannot write {folder / 'model'}: {error}.") from error
+        try:
+            model.save_pretrained(folder / "model")
+            open_to_readers(folder)
+            save_tokenizer(folder / "model", tokenizer, config)
+            config.save(folder / "model" / "config.yaml")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"Cannot write {folder / 'model'}: {error}.") from error
     print(
         f"written: {folder / 'model'}   go on: python train.py --model {quoted(folder / 'model')} "
         "with the options of your run"

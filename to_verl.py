@@ -9,7 +9,6 @@ config.yaml, or with --model. What verl cannot compute is refused. All options o
 given, and change what is handed over. verl itself is not needed here.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from support.config import Config, resolve_path
 from support.data import Question, QuestionStream
 from support.errors import UserError, check_choice, command, quoted
 from support.evaluation import held_out_questions
+from support.files import new_folder, written_whole
 from support.model import load_tokenizer
 from support.prompts import TAGS, training_questions
 from support.verl_flags import Cluster, always, entries
@@ -55,16 +55,6 @@ def read_cluster(given: Extra) -> Cluster:
         if given[name] is not None:
             found[name] = check_choice(given[name], choices, name)
     return Cluster(**found)
-
-
-def check_out(out: str | None) -> Path:
-    """The folder to write; UserError if there is something in its place."""
-    if not out:
-        raise UserError("Say where the files are to be written: --out FOLDER.")
-    folder = Path(out).expanduser()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; choose another --out.")
-    return folder
 
 
 def read_settings(argv: list[str]) -> tuple[Config, Extra, str]:
@@ -153,26 +143,19 @@ def collect(config: Config, name: str, cluster: Cluster, since: str) -> dict[str
 
 def write(folder: Path, files: dict[str, Any]) -> None:
     """All files or none: they are written beside the place of the folder, which is then renamed."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_whole(folder, "--out", (OSError, pyarrow.ArrowException)) as partial:
         for name, content in files.items():
             if isinstance(content, str):
                 (partial / name).write_text(content, encoding="utf-8")
             else:
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), partial / name)
-        partial.replace(folder)
-    except (OSError, pyarrow.ArrowException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"Cannot write {folder}: {error}; choose another --out.") from error
 
 
 @command
 def main(argv: list[str]) -> None:
     """Read the run, refuse what verl cannot do, write the folder."""
     config, others, since = read_settings(argv)
-    folder, cluster = check_out(others["out"]), read_cluster(others)
+    folder, cluster = new_folder(others["out"], "--out", "the files are"), read_cluster(others)
     files = collect(config, folder.resolve().name, cluster, since)
     write(folder, files)
     print(f"written: {folder}; read DIFFERENCES.md there, then: bash {quoted(folder / 'run.sh')}")

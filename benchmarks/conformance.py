@@ -25,8 +25,6 @@ l = log π - log π_old uniform in ±0.3 and in ±3 unless the row says otherwis
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import warnings
 from collections import defaultdict, deque
@@ -36,6 +34,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from environment import go_on_in
 
 CACHE = Path.home() / ".cache" / "pocket-grpo" / "conformance"
 TORCH = "torch==2.13.0"  # alone and first, so that nothing else chooses another
@@ -55,25 +55,8 @@ TOLERANCE = 1e-6
 END, PAD, OTHER = 1, 0, 2  # token ids, for TRL's test of a truncated completion
 
 
-def install(folder: Path) -> None:
-    """Make the environment (once) and go on there, with the other flags."""
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    done = folder / "installed"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
-        subprocess.run([*pip, TORCH], check=True)
-        subprocess.run([*pip, TORCH, *PEERS, *VERL_NEEDS], check=True)
-        subprocess.run([*pip, "--no-deps", "verl==0.9.1"], check=True)
-        done.touch()
-    flags = [flag for flag in sys.argv[1:] if flag != "--install"]
-    sys.exit(subprocess.run([str(python), __file__, *flags]).returncode)
-
-
-if "--install" in sys.argv:  # before the imports that only the environment has
-    PARSED = argparse.ArgumentParser(add_help=False)
-    PARSED.add_argument("--env", type=Path, default=CACHE)
-    install(PARSED.parse_known_args()[0].env.expanduser())
+# Before the imports that only the environment has.
+go_on_in(CACHE, [TORCH], [TORCH, *PEERS, *VERL_NEEDS], ["--no-deps", "verl==0.9.1"])
 
 try:
     import numpy as np

@@ -39,6 +39,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from environment import go_on_in
+
 CACHE = Path.home() / ".cache" / "pocket-grpo" / "verl"
 TORCH = "torch==2.13.0"  # in the same command, so that nothing else chooses another
 # Beside verl, what its agent loop and reward manager import.
@@ -46,21 +48,7 @@ VERL = ["verl==0.9.1", "cachetools", "fastapi", "uvicorn", "pyzmq", "msgspec"]
 GROUP, LONGEST, TOLERANCE = 4, 9, 1e-6
 
 
-def install(folder: Path) -> None:
-    """Make the environment (once) and go on there, with the other flags."""
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not (folder / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", TORCH, *VERL], check=True)
-        (folder / "installed").touch()
-    flags = [flag for flag in sys.argv[1:] if flag != "--install"]
-    sys.exit(subprocess.run([str(python), __file__, *flags]).returncode)
-
-
-if "--install" in sys.argv:  # before the imports that only the environment has
-    PARSED = argparse.ArgumentParser(add_help=False)
-    PARSED.add_argument("--env", type=Path, default=CACHE)
-    install(PARSED.parse_known_args()[0].env.expanduser())
+go_on_in(CACHE, [TORCH, *VERL])  # before the imports that only the environment has
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 try:

@@ -12,8 +12,8 @@ is to check an answer. `steps` are optimizer steps of `train_batch_size` answers
 """
 
 import random
-import shutil
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,16 @@ from objectives.table import NAMES  # noqa: E402
 from rollout import rollout  # noqa: E402
 from sft import target  # noqa: E402
 from support.answers import is_correct  # noqa: E402
-from support.checkpoint import new_run_dir, open_to_readers  # noqa: E402
+from support.checkpoint import new_run_dir  # noqa: E402
 from support.command_line import parse_config  # noqa: E402
 from support.config import Config, resolve_path  # noqa: E402
 from support.data import Question  # noqa: E402
 from support.errors import UserError, command, quoted  # noqa: E402
+from support.files import open_to_readers, removed_on_failure  # noqa: E402
 from support.generation import Sampling  # noqa: E402
 from support.model import build_accelerator, load_model, load_tokenizer  # noqa: E402
 from support.monitor import progress, quiet_progress  # noqa: E402
-from support.prompts import training_questions  # noqa: E402
+from support.prompts import messages_of, training_questions  # noqa: E402
 from support.reward_model import RewardModel  # noqa: E402
 
 HELD_OUT = 0.1  # of the questions: the judge is tried on answers to them
@@ -70,9 +71,8 @@ def collect(config: Config, tokenizer: Any, questions: list[Question]) -> list[A
 
 def read(judge: RewardModel, answers: list[Answer], config: Config) -> list[Read]:
     """The answers as the judge will be given them in training: with the system prompt."""
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     chats = [
-        [*system, {"role": "user", "content": q.question}, {"role": "assistant", "content": text}]
+        [*messages_of(q.question, config.system_prompt), {"role": "assistant", "content": text}]
         for q, text, _ in answers
     ]
     return list(zip(judge.tokens(chats), (right for _, _, right in answers), strict=True))
@@ -117,13 +117,16 @@ def make_judge(
     model = AutoModelForSequenceClassification.from_pretrained(
         resolve_path(config.model), num_labels=1, dtype=torch.float32, use_safetensors=True
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    judge = RewardModel(str(folder), build_accelerator(config).device)
+    # Elsewhere, since a judge that is not trained yet would be taken for one.
+    with tempfile.TemporaryDirectory() as begun:
+        model.save_pretrained(begun)
+        tokenizer.save_pretrained(begun)
+        judge = RewardModel(begun, build_accelerator(config).device)
     fit(judge, read(judge, known, config), config)
     area = try_out(judge, read(judge, new, config))
     share = sum(right for _, _, right in known) / len(known)
     judge.judge.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     open_to_readers(folder)
     print(
         f"{len(known)} answers, {share:.0%} of them right; a right answer to a new question is "
@@ -150,11 +153,8 @@ def main(argv: list[str]) -> None:
         if len({right for _, _, right in found}) < 2:
             raise UserError(f"All answers ({name}) are right, or all wrong; take other questions.")
     folder, _held = new_run_dir(config, resumable=False)
-    try:
+    with removed_on_failure(folder):
         make_judge(config, tokenizer, folder, known, new)
-    except BaseException:  # Ctrl-C too: a judge that is not trained yet would be taken for one
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -153,11 +153,16 @@ def add_adapter(model: nn.Module, config: Config) -> None:
     finish_adapter(model)
 
 
-def peft_layers(model: nn.Module) -> list[str]:
-    """The names of the layers that have adapters."""
+def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have adapters, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def learning_rate(lr: float, adapted: bool) -> float:
+    """That of adapters for a rate of all weights, or the other way round: ten times, or a tenth."""
+    return float(f"{lr * 10 if adapted else lr / 10:.12g}")
 
 
 def load_adapter(model: nn.Module, folder: str) -> None:
@@ -245,10 +250,7 @@ def describe_adapter(model: nn.Module, config: Config) -> str:
     Experts that are stored as one block (gpt-oss) are not linear layers, so adapters on all linear
     layers would leave most of such a model as it is.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    adapted = sum(size(layer.base_layer.weight) for layer in layers)
+    adapted = sum(size(layer.base_layer.weight) for layer in peft_layers(model).values())
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if model.get_output_embeddings() is not None:
         tables.add(id(model.get_output_embeddings().weight))

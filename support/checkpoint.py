@@ -29,6 +29,7 @@ from torch import nn
 from support.config import Config, resolve_path
 from support.config_file import read_config_file
 from support.errors import UserError, is_of_the_disk, quoted
+from support.files import open_to_readers
 from support.model_card import save_tokenizer
 
 PREFIX = "checkpoint-"
@@ -81,14 +82,6 @@ def refuse_model(folder: Path) -> None:
             f"{folder} holds a model and no run that could go on; begin a run with it: --model "
             f"{quoted(model)}."
         )
-
-
-def open_to_readers(folder: Path) -> None:
-    """Let others read the weights in a folder: safetensors writes them for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
 
 
 def lock(run_dir: Path, instead: str = "wait for it, or choose another --run_dir") -> FileLock:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from support.adapters import adapter_options
+from support.adapters import adapter_options, learning_rate
 from support.checkpoint import checkpoints, find_model, refuse_model
 from support.config import (
     OBJECTIVE_COLUMNS,
@@ -27,7 +27,7 @@ from support.config import (
     resolve_path,
 )
 from support.config_file import read_config_file
-from support.errors import UserError, check_choice, quoted
+from support.errors import UserError, as_sentence, check_choice, quoted
 from support.foreign_options import explain_foreign_option
 
 Choices = dict[str, typing.Iterable[str]]
@@ -86,7 +86,7 @@ class Parser(HfArgumentParser):
     """argparse, with its errors as one sentence instead of a page of usage."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message[0].upper() + message[1:].rstrip(".") + ".")
+        raise UserError(as_sentence(message))
 
 
 def parse_config(
@@ -285,8 +285,7 @@ def adapter_settings(settings: dict[str, Any], flags: dict[str, Any]) -> dict[st
     before = settings.get("adapter_rank", 0) > 0
     after = {**settings, **found, **flags}.get("adapter_rank", 0) > 0
     if before != after:
-        lr = settings.get("lr", Config.lr)
-        found["lr"] = float(f"{lr * 10 if after else lr / 10:.12g}")
+        found["lr"] = learning_rate(settings.get("lr", Config.lr), adapted=after)
     return found
 
 

@@ -30,10 +30,9 @@ from torch import distributed as dist
 from torch import nn
 
 from support.config import Config
-from support.errors import UserError, silence
+from support.errors import UserError, is_launched, silence
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LONGEST = timedelta(hours=2)  # that one process works alone, rewards not counted
@@ -62,7 +61,7 @@ def processes(config: Config) -> Iterator[None]:
     Raises:
         UserError: there are fewer GPUs than processes, or no launcher has started them.
     """
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+    if not is_launched():
         yield
         return
     if not dist.is_initialized():

@@ -51,9 +51,28 @@ def silence() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def as_sentence(message: str) -> str:
+    """A message of argparse with a capital letter and a full stop."""
+    return message[0].upper() + message[1:].rstrip(".") + "."
+
+
 def is_first() -> bool:
     """Whether this process speaks for those that a launcher (torchrun) has started with it."""
     return os.environ.get("LOCAL_RANK") in (None, "", "0")
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started several processes, and this is one of them."""
+    return os.environ.get("WORLD_SIZE") not in (None, "", "1")
+
+
+def refuse_several() -> None:
+    """UserError if this is one of several processes, where only one can work."""
+    if is_launched():
+        raise UserError(
+            f"This is one of {os.environ['WORLD_SIZE']} processes, and only train.py works in "
+            "several: start it with python, without torchrun or accelerate launch."
+        )
 
 
 def say(error: UserError) -> None:
@@ -95,11 +114,8 @@ def command(main: Callable[..., None] | None = None, several: bool = False) -> C
             sys.stdout.reconfigure(errors="replace")
         code = 0
         try:
-            if not several and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-                raise UserError(
-                    f"This is one of {os.environ['WORLD_SIZE']} processes, and only train.py works "
-                    "in several: start it with python, without torchrun or accelerate launch."
-                )
+            if not several:
+                refuse_several()
             main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
             say(error)

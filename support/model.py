@@ -27,7 +27,7 @@ from support.adapters import (
 )
 from support.config import PRESETS, Config, check_place, multiplies_bf16_fast, resolve_path
 from support.distributed import num_processes
-from support.errors import UserError
+from support.errors import UserError, refuse_several
 from support.model_card import without_prompt
 
 
@@ -65,11 +65,8 @@ def chooses_mps(config: Config) -> bool:
 
 def check_environment() -> None:
     """UserError for what a launcher may have set, and what would change the training unseen."""
-    if int(os.environ.get("WORLD_SIZE") or 1) != num_processes():
-        raise UserError(
-            f"This is one of {os.environ['WORLD_SIZE']} processes, and only train.py works in "
-            "several: start it with python, without torchrun or accelerate launch."
-        )
+    if num_processes() == 1:  # nobody has connected it with the others
+        refuse_several()
     wanted = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
     for name in (f"ACCELERATE_USE_{kind}" for kind in wanted):
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from support.alarms import LONGEST, QUIET, Alarm, active_alarms
 from support.distributed import is_main
 from support.errors import UserError, silence
+from support.files import write_whole
 from support.metrics import (
     GLOSSARY,
     REWARD_MEANING,
@@ -243,12 +244,7 @@ def keep_before(file: Path, step: int) -> list[dict[str, float]]:
     missing = max(0, step - 1) - sum(row["step"] > 0 for row in rows)
     if missing:
         print(f"{file} lacks {missing} of the {step - 1} steps that were done")
-    fresh = file.with_suffix(".partial")
-    with fresh.open("wb") as out:
-        out.write(b"".join(kept))
-        out.flush()
-        os.fsync(out.fileno())
-    fresh.replace(file)
+    write_whole(file, b"".join(kept))
     return rows
 
 

@@ -18,6 +18,12 @@ TAGS = re.compile(r"</?[a-z]+>")
 SAID = "answer-of-the-assistant"  # in a rendered chat: where an answer would stand
 
 
+def messages_of(question: str, system_prompt: str) -> list[dict[str, str]]:
+    """A chat that asks the question, after the system prompt if there is one."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": question}]
+
+
 def build_prompt(question: str, tokenizer: Any, system_prompt: str, date: str = "") -> str:
     """The text that the completion continues, from the model's chat template.
 
@@ -32,17 +38,14 @@ def build_prompt(question: str, tokenizer: Any, system_prompt: str, date: str = 
     if not tokenizer.chat_template:
         parts = (system_prompt, f"Question: {question}", "Answer:")
         return "\n\n".join(part for part in parts if part)
-    user = {"role": "user", "content": question}
-    messages = [{"role": "system", "content": system_prompt}, user] if system_prompt else [user]
     try:
-        prompt = render(messages, tokenizer, date)
+        prompt = render(messages_of(question, system_prompt), tokenizer, date)
         if holds(prompt, question) and holds(prompt, system_prompt):
             return prompt
     except Exception:  # a template raises what it likes
         pass
-    user = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
     try:
-        prompt = render([user], tokenizer, date)
+        prompt = render(messages_of(f"{system_prompt}\n\n{question}".strip(), ""), tokenizer, date)
     except Exception as error:
         raise UserError(
             f"The chat template of the model cannot be used ({error}); mend its "
@@ -123,22 +126,27 @@ def with_prompts(
     """
     prompts, tokens = prompts_of(questions, tokenizer, config)
     check_tags(config.system_prompt, tokenizer)
+    check_lengths(tokens, config)
     fitting = [
         replace(question, prompt=prompt, prompt_ids=ids)
         for question, prompt, ids in zip(questions, prompts, tokens, strict=True)
         if 0 < len(ids) <= config.max_prompt_tokens
     ]
+    return fitting, len(questions) - len(fitting)
+
+
+def check_lengths(tokens: list[list[int]], config: Config) -> None:
+    """UserError if none of the prompts can be asked: all are empty, or all too long."""
     if not any(tokens):
         raise UserError(
             "Every prompt is empty: the model's chat template or tokenizer makes no tokens of a "
             "question."
         )
-    if not fitting:
+    if not any(0 < len(ids) <= config.max_prompt_tokens for ids in tokens):
         raise UserError(
             f"Every prompt is longer than --max_prompt_tokens {config.max_prompt_tokens} (the "
             f"shortest: {min(map(len, tokens))} tokens); raise it."
         )
-    return fitting, len(questions) - len(fitting)
 
 
 def check_tags(system_prompt: str, tokenizer: Any) -> None:

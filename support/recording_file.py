@@ -7,12 +7,12 @@ of datasets and models: whoever shows them must trust none.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from support.answers import is_correct
+from support.files import write_whole
 
 FILE = "completions.jsonl"
 LIMIT = 6_000_000  # bytes of the file
@@ -66,12 +66,7 @@ class RecordingFile:
 
     def rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the file by one with these rows; it is whole at every moment."""
-        fresh = self.path.with_suffix(".partial")
-        with fresh.open("w", encoding="utf-8") as out:
-            out.writelines(map(as_line, rows))
-            out.flush()
-            os.fsync(out.fileno())
-        fresh.replace(self.path)
+        write_whole(self.path, "".join(map(as_line, rows)).encode())
 
 
 def as_line(row: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from support.config import Config
 from support.errors import UserError, check_choice
 from support.guarded import TimeUp, restore_globals, time_limit
+from support.prompts import messages_of
 from support.reward_model import RewardModel
 
 RewardFunction = Callable[..., list[float | None]]
@@ -267,8 +268,7 @@ def reward_arguments(groups: list[Any], config: Config) -> Arguments:
     columns["max_new_tokens"] = config.max_new_tokens
     prompts = [question.prompt for question, _ in pairs]
     texts = [question.opened + completion.text for question, completion in pairs]
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-    chats = [[*system, {"role": "user", "content": q.question}] for q, _ in pairs]
+    chats = [messages_of(question.question, config.system_prompt) for question, _ in pairs]
     return Arguments(prompts, texts, columns, chats)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from support.config import OBJECTIVE_COLUMNS, Config
 from support.data import Question
 from support.errors import UserError
+from support.prompts import messages_of
 from support.verl_flags import VERL, Entry, Here
 from support.verl_reward import extra_info
 
@@ -137,10 +138,12 @@ GSPO = (
 
 def as_messages(question: str, system_prompt: str) -> list[list[dict[str, str]]]:
     """A question in the ways that chat templates take a system prompt in, the best first."""
-    user = {"role": "user", "content": question}
-    joined = {"role": "user", "content": f"{system_prompt}\n\n{question}".strip()}
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [[*system, user], [joined], [user]]
+    joined = f"{system_prompt}\n\n{question}".strip()
+    return [
+        messages_of(question, system_prompt),
+        messages_of(joined, ""),
+        messages_of(question, ""),
+    ]
 
 
 def find_messages(

@@ -9,6 +9,7 @@ import torch
 from support.config import Config
 from support.data import Question
 from support.errors import UserError
+from support.prompts import messages_of
 from support.user_rewards import Arguments, RewardFunction, call_reward, load_rewards
 
 # What a reward is not told by verl. `truncated` is told, and always false.
@@ -73,8 +74,7 @@ def arguments_of_one(
     for name in ("prompts", "completions"):
         columns.pop(name, None)
     columns |= {"reference": [reference], "truncated": [False], "max_new_tokens": max_new_tokens}
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    chats = [[*system, {"role": "user", "content": info["question"]}]]
+    chats = [messages_of(info["question"], system_prompt)]
     return Arguments([info["prompt_text"]], [info["opened"] + completion], columns, chats)
 
 

@@ -32,6 +32,11 @@ def digits(prompts, completions, log_metric, **columns):
     return [sum(letter.isdigit() for letter in text) / 10 for text in completions]
 
 
+def differs(prompts, completions, **columns):
+    """Another number for nearly every text: each group has a spread, so each step a gradient."""
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+
+
 def fails_in_one(prompts, completions, **columns):
     """Raises in the second process, and there alone."""
     if os.environ.get("RANK") == "1":
