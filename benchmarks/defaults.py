@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from reward import well_formed
 from rollout import rollout
 from support.answers import is_correct, is_correct_flexible
 from support.config import SYSTEM_PROMPT, TUTORIAL_PROMPT, Config, resolve_path
-from support.data import load_questions
+from support.data import Question, load_questions
 from support.errors import UserError, command
 from support.evaluation import wilson_interval
 from support.generation import Sampling
@@ -126,6 +127,19 @@ PROMPTS: dict[str, Callable[[str], Messages]] = {
 }
 
 
+def asked_with(
+    messages: Callable[[str], Messages], tokenizer: Any, questions: list[Question]
+) -> list[Question]:
+    """The questions with a prompt of PROMPTS, as text and as tokens."""
+    chat = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    texts = [chat(messages(question.question)) for question in questions]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        replace(question, prompt=text, prompt_ids=tokens)
+        for question, text, tokens in zip(questions, texts, ids, strict=True)
+    ]
+
+
 def ask(args: argparse.Namespace) -> None:
     """Each prompt: greedy answers to the first held-out questions."""
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, "bf16-pure")
@@ -134,17 +148,7 @@ def ask(args: argparse.Namespace) -> None:
     rows = read_jsonl(FILE)
     for name, messages in chosen(PROMPTS, args.only).items():
         start = time.perf_counter()
-        texts = [
-            tokenizer.apply_chat_template(
-                messages(question.question), tokenize=False, add_generation_prompt=True
-            )
-            for question in questions
-        ]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        asked = [
-            replace(question, prompt=text, prompt_ids=tokens)
-            for question, text, tokens in zip(questions, texts, ids, strict=True)
-        ]
+        asked = asked_with(messages, tokenizer, questions)
         groups = rollout(model.eval(), tokenizer, asked, 1, greedy)
         row = {
             "kind": "prompt",

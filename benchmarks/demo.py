@@ -20,6 +20,7 @@ from pathlib import Path
 from common import (
     RESULTS,
     ROOT,
+    available,
     command_line,
     machine,
     pyplot,
@@ -146,7 +147,8 @@ def main() -> None:
             cells.append(summary(seed, runs[seed], seconds))
             print(" | ".join(cells[-1]), flush=True)
             log += [{"seed": seed, **row} for row in runs[seed]]
-            words = f"`{command_line(sys.argv[1:])}` on {machine()}; {versions()}"
+            device = "cpu" if "--device=cpu" in args.flags else available("auto")
+            words = f"`{command_line(sys.argv[1:])}` on {machine(device)}; {versions()}"
             write_lines(args.out / "demo.md", [words, "", *table(HEAD, cells)])
             write_jsonl(args.out / "demo.jsonl", log)
             picture(runs, args.out / "demo.png")

@@ -2,6 +2,8 @@
 
     python benchmarks/memory_plan.py                   the table of docs/memory.md
     python benchmarks/memory_plan.py --check FOLDER    beside measured peaks and seconds, on a CPU
+    python benchmarks/memory_plan.py --check FOLDER --device cuda --out memory.jsonl
+    python benchmarks/memory_plan.py --run runs/NAME   the peak of a run beside the plan for it
 
 The sizes are those of each model's config; the model itself is built on the meta device, which
 holds no numbers. What is counted, in bytes:
@@ -26,15 +28,17 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, machine, read_jsonl, table, versions
+from common import ROOT, machine, read_jsonl, table, versions, write_jsonl, write_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from objectives.table import objective_of
-from support.config import PRESETS, Config
+from support.command_line import parse_config
+from support.config import PRESETS, Config, resolve_path
 from support.errors import command
 from support.pieces import LOGITS_AT_A_TIME
 
@@ -206,40 +210,84 @@ def differs(prompts, completions, **columns):
 """
 
 
-def check(model: str, flags: list[str]) -> list[str]:
-    """Three steps of every plan with a model that is here: peak beside plan, and seconds."""
-    sizes, cells = sizes_of(AutoConfig.from_pretrained(model)), []
-    own = {
-        "rollouts_per_step": 2,
-        "group_size": 8,
-        "train_batch_size": 16,
-        "kl_weight": 0.0,
-        "steps": 3,
-    }
-    own |= {"max_prompt_tokens": 384, "max_new_tokens": 64, "dataset": "tiny/task", "device": "cpu"}
+# What a plan needs beside requirements.txt.
+PACKAGES = {"adapter_rank": "peft", "quantize": "bitsandbytes", "optimizer": "bitsandbytes"}
+SIZES = {
+    "cpu": {"rollouts_per_step": 2, "group_size": 8, "train_batch_size": 16, "max_new_tokens": 64},
+    "cuda": {"rollouts_per_step": 8, "train_batch_size": 96, "micro_batch_size": 16},
+}
+
+
+def measured(model: str, config: Config, flags: list[str], device: str) -> dict[str, Any]:
+    """Three steps of a run: planned and measured GB, median seconds of the last two."""
     # Else freed memory of the size of a matrix stays in the process, in pieces.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"}
-    for each in PLANS:
-        config = replace(each.config, **own)
-        planned = peak(plan(sizes, config, "cpu")) / GB + INTERPRETER
-        with tempfile.TemporaryDirectory() as work:
-            Path(work, "own.py").write_text(DIFFERS)
-            paths = {"model": model, "run_dir": f"{work}/run", "reward": [f"{work}/own.py:differs"]}
-            config = replace(config, eval_interval=0, checkpoint_interval=0, **paths)
-            config.save(Path(work, "config.yaml"))
-            line = [sys.executable, "train.py", f"--config={work}/config.yaml", *flags]
-            line.append(f"--run_dir={work}/run")
-            subprocess.run(line, cwd=ROOT, check=True, env=os.environ | malloc)
-            rows = read_jsonl(Path(work, "run", "metrics.jsonl"))
-        measured = max(row["perf/peak_memory_gb"] for row in rows)
-        cells.append([each.words, f"{planned:.2f}", f"{measured:.2f}", f"{measured / planned:.2f}"])
-        assert all(row["train/grad_norm"] > 0 for row in rows), "every step has a gradient"
-        for part in ("time/step", "time/rollout", "time/update"):
-            cells[-1].append(f"{statistics.median(row[part] for row in rows[1:]):.1f}")
-        print(" | ".join(cells[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        Path(work, "own.py").write_text(DIFFERS)
+        own = replace(config, run_dir=f"{work}/run", reward=[f"{work}/own.py:differs"])
+        own.save(Path(work, "config.yaml"))
+        flags = [f"--config={work}/config.yaml", *flags, f"--run_dir={work}/run"]
+        sizes = sizes_of(AutoConfig.from_pretrained(resolve_path(model)))
+        planned = planned_peak(sizes, parse_config(flags)[0], device)
+        line = [sys.executable, "train.py", *flags]
+        subprocess.run(line, cwd=ROOT, check=True, env=os.environ | malloc)
+        rows = read_jsonl(Path(work, "run", "metrics.jsonl"))
+    assert all(row["train/grad_norm"] > 0 for row in rows), "every step has a gradient"
+    times = ("time/step", "time/rollout", "time/update")
+    seconds = [statistics.median(row[part] for row in rows[1:]) for part in times]
+    found = {"planned": planned, "measured": max(row["perf/peak_memory_gb"] for row in rows)}
+    return found | {"seconds": seconds}
+
+
+def planned_peak(sizes: dict[str, float], config: Config, device: str) -> float:
+    """In GB; on a CPU with the interpreter, whose memory is measured too."""
+    return peak(plan(sizes, config, device)) / GB + (INTERPRETER if device == "cpu" else 0)
+
+
+def check(model: str, device: str, flags: list[str], out: Path | None) -> list[str]:
+    """Every plan with a model that is here: peak beside plan, and seconds.
+
+    Args:
+        flags: further flags of train.py.
+        out: each row is added to this file as it is measured; what is in it is not done again.
+    """
+    same = {"kl_weight": 0.0, "steps": 3, "max_prompt_tokens": 384, "dataset": "tiny/task"}
+    same |= {"device": device, "model": model, "eval_interval": 0, "checkpoint_interval": 0}
+    rows = read_jsonl(out) if out else []
+    done = {row["what"] for row in rows}
+    for each in (each for each in PLANS if each.words not in done):
+        needs = {p for n, p in PACKAGES.items() if getattr(each.config, n) != getattr(Config, n)}
+        missing = sorted(name for name in needs if find_spec(name) is None)
+        row = {"what": each.words, "missing": missing}
+        if not missing:
+            row |= measured(model, replace(each.config, **same, **SIZES[device]), flags, device)
+        rows.append(row)
+        print(row, flush=True)
+        if out:
+            write_jsonl(out, rows)
     head = [Path(model).name, "plan, GB", "measured, GB", "measured ÷ plan"]
     head += ["s a step", "s of the rollout", "s of the update"]
-    return [*table(head, cells), "", f"{machine()}; {versions()}"]
+    return [*table(head, map(cells_of, rows)), "", f"{machine(device)}; {versions()}"]
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A line of the table; of a plan whose packages are missing, which."""
+    if row["missing"]:
+        return [row["what"], f"not measured: without {', '.join(row['missing'])}", *[""] * 5]
+    planned, found = row["planned"], row["measured"]
+    cells = [row["what"], f"{planned:.2f}", f"{found:.2f}", f"{found / planned:.2f}"]
+    return [*cells, *(f"{seconds:.1f}" for seconds in row["seconds"])]
+
+
+def of_run(run: Path) -> list[str]:
+    """The highest peak of a run that is there, beside the plan for its settings."""
+    config = parse_config([f"--config={run / 'config.yaml'}"])[0]
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    sizes = sizes_of(AutoConfig.from_pretrained(resolve_path(config.model)))
+    planned = planned_peak(sizes, config, "cuda" if cuda else "cpu")
+    found = max(row["perf/peak_memory_gb"] for row in read_jsonl(run / "metrics.jsonl"))
+    words = f"{planned:.2f}", f"{found:.2f}", f"{found / planned:.2f}"
+    return table(["run", "plan, GB", "measured, GB", "measured ÷ plan"], [[run.name, *words]])
 
 
 @command
@@ -249,10 +297,17 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", metavar="FOLDER", help="a model to measure beside the plan")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the check")
+    parser.add_argument("--out", type=Path, help="a .jsonl of the check's rows, which is added to")
+    parser.add_argument("--run", type=Path, help="the folder of a run to see beside the plan")
     parser.add_argument("flags", nargs="*", help="further flags for train.py, after --")
     args = parser.parse_args(argv)
-    if args.check:
-        print("\n".join(check(args.check, args.flags)))
+    if args.check or args.run:
+        run = args.run
+        found = of_run(run) if run else check(args.check, args.device, args.flags, args.out)
+        print("\n".join(found))
+        if args.out:
+            write_lines(args.out.with_suffix(".md"), found)
         return
     page = ROOT / "docs" / "memory.md"
     first, _, others = page.read_text(encoding="utf-8").partition(MARKS[0])
