@@ -353,7 +353,8 @@ def with_table(page: str) -> str:
 
 def read_flags(argv: list[str]) -> argparse.Namespace:
     """The command line; UserError if it cannot be."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=how, allow_abbrev=False)
     flag = parser.add_argument
     flag("track", choices=[*TRACKS, "table"])
     flag("--out", type=Path, help="the folder of the record")
@@ -365,8 +366,9 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     flag("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to do now")
     flag("--seconds", type=positive, help="after which it stops, to be called again")
     flag("--questions", type=whole, default=0, help="of the test set; 0: all, as a record has")
-    flag("flags", nargs="*", help="train.py's flags, after --")
-    args = parser.parse_args(argv)
+    place = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:place])
+    args.flags = argv[place + 1 :]
     require(args.out or args.track == "table", "Say where the record is to be: --out FOLDER.")
     return args
 
