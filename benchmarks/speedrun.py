@@ -358,6 +358,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     flag = parser.add_argument
     flag("track", choices=[*TRACKS, "table"])
     flag("--out", type=Path, help="the folder of the record")
+    flag("--work", type=Path, help="that of its runs (default: runs/speedrun-NAME)")
     flag("--by", default="pocket-grpo", help="whose record it is")
     flag("--model", help="a folder with the track's model, or a stand-in")
     flag("--dataset", help="a folder with the track's questions")
@@ -378,7 +379,7 @@ def entry_of(args: argparse.Namespace, argv: list[str]) -> Entry:
     track = TRACKS[args.track]
     flags = [*track.flags, f"--model={args.model or track.model}"]
     flags += [f"--dataset={args.dataset or track.dataset}", "--eval_interval=1000000000"]
-    work = Path("runs") / f"speedrun-{args.out.name}"
+    work = args.work or Path("runs") / f"speedrun-{args.out.name}"
     span = args.seconds or float("inf")
     times = time.monotonic() + span, min(GRACE, span / 4)
     places = args.track, args.by, args.out, work, [*flags, *args.flags]

@@ -1,6 +1,9 @@
 """The real job runs on CUDA: here every command runs on a pretended second device, and no tensors of two devices meet."""
 
+import math
+
 import pytest
+import torch
 from conftest import FEW, metrics
 from second_device import second_device
 
@@ -52,6 +55,19 @@ def test_a_run_on_the_second_device(name, tmp_path, monkeypatch):
     assert "train/loss" in metrics(tmp_path / "run")[-1]
     inside = [place for place in ledger.waits if "shared_prompts.py" in place or "loss.py" in place]
     assert not inside, "a micro-batch waits for the device"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_on_a_real_gpu(name, tmp_path):
+    """The same where there is one: every number is finite, the sampler is the trainer's, and the run goes on."""
+    flags = [*TINY, *RUNS[name], f"--dataset={FEW[0]}", f"--run_dir={tmp_path / 'run'}"]
+    train.main([*flags, "--sampler_correction=none"] if "correction" not in name else flags)
+    train.main([f"--resume={tmp_path / 'run'}", "--steps=2"])
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["train/loss"]) for row in rows)
+    assert all(row["train/sampler_gap"] < (0.1 if "bf16" in name else 1e-4) for row in rows)
 
 
 def test_the_other_commands_on_the_second_device(tmp_path, monkeypatch, capsys):
