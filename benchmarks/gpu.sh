@@ -28,9 +28,13 @@ LEAST=60                      # seconds that a short piece needs
 if [ -n "${SMALL:-}" ]; then  # the same pieces, as small as they can be
     LEAST=5
     SIZES="--rollouts_per_step 2 --group_size 4 --train_batch_size 8 --micro_batch_size 4"
-    SIZES="$SIZES --max_new_tokens ${TOKENS:-24}"
+    PROMPT=${PROMPT:-448}
+    SIZES="$SIZES --max_new_tokens ${TOKENS:-24} --max_prompt_tokens $PROMPT"
     QUESTIONS=${QUESTIONS:-6}
-    TRAIN=${TRAIN:-"--steps 3 $SIZES --eval_interval 2 --eval_questions 4 --checkpoint_interval 1"}
+    # A reward that differs from completion to completion, or nothing would be trained.
+    REWARD="--reward repetition length_penalty --reward_weights 1 1"
+    TRAIN=${TRAIN:-"--steps 3 $SIZES $REWARD --eval_interval 2 --eval_questions 4
+        --checkpoint_interval 1"}
     DEMO=${DEMO:-"$SIZES --steps 2 --eval_questions 20"}
     ROLLOUT=${ROLLOUT:-"--batches 4 8 --group_size 4 --repeats 1 --max_new_tokens ${TOKENS:-24}"}
     STEP=${STEP:-"--steps 1 --warmup 1 --trl_batch_size 4 --all='$SIZES'"}
@@ -38,6 +42,7 @@ if [ -n "${SMALL:-}" ]; then  # the same pieces, as small as they can be
     MEMORY=${MEMORY:-"$SIZES"}
     TESTS=${TESTS:-tests/test_speedrun.py}
 fi
+PROMPT=${PROMPT:-512}     # the longest prompt, in tokens
 QUESTIONS=${QUESTIONS:-0} # of the test set, before and after; 0: all
 TRAIN=${TRAIN:-"--eval_interval 20 --eval_questions 256
     --checkpoint_interval 10 --keep_checkpoints 1"}
@@ -93,7 +98,8 @@ piece() {
     timeout --signal=INT --kill-after=20 "$(left)" "$@" < /dev/null 2>&1 | tee "$WORK/$name/log"
     code=${PIPESTATUS[0]}
     rm -f "$WORK/running"
-    last=$(grep -v '^ *$' "$WORK/$name/log" | tail -n 1 | cut -c1-160)
+    last=$(grep '^error:' "$WORK/$name/log" || grep -v '^ *$' "$WORK/$name/log" | tail -n 1)
+    last=$(head -n 1 <<< "$last" | cut -c1-200)
     collect "$name"
     local outcome="failed, exit code $code" late=""
     case $code in
@@ -138,10 +144,12 @@ run() {
     demo) bench $LEAST demo.py --seeds 42 --out "$out" -- "--device=$DEVICE" $DEMO ;;
     before) speedrun "$name" $LEAST baseline ;;
     train) speedrun "$name" $((LEAST * 3)) train ;;
-    after) speedrun "$name" $((LEAST * 2)) evaluate ;;
+    after)
+        [ -e "$WORK/train.done" ] || { echo "after: once train is done"; again=1; return; }
+        speedrun "$name" $((LEAST * 2)) evaluate ;;
     rollout)
         bench $LEAST rollout_speed.py "${data[@]}" --device "$DEVICE" --out "$out" $ROLLOUT \
-            ${URL:+--url "$URL"} -- --preset gsm8k --max_prompt_tokens 512 --kl_weight 0 ;;
+            ${URL:+--url "$URL"} -- --preset gsm8k --max_prompt_tokens "$PROMPT" --kl_weight 0 ;;
     step)
         eval "set -- $STEP"
         local workload=gpu

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from common import machine, read_jsonl, table, versions
 from memory_plan import of_run
-from verify_record import GSM8K, count_right
+from tracks import GSM8K
+from verify_record import count_right
 
 from support.command_line import Parser
 from support.config import resolve_path

@@ -137,8 +137,8 @@ def rollout_bytes(sizes: dict[str, float], config: Config, width: int) -> float:
 
     A rollout reads each question once, an evaluation as many as the batch has.
     """
-    batch = config.rollout_batch_size
-    prompts = batch if config.eval_interval else -(-batch // config.group_size)
+    batch, evaluated = config.rollout_batch_size, config.eval_questions or config.rollout_batch_size
+    prompts = min(batch, evaluated) if config.eval_interval else -(-batch // config.group_size)
     read = config.max_prompt_tokens * (3 * sizes["inner"] + sizes["cache"]) * width
     length = config.max_prompt_tokens + config.max_new_tokens
     sampled = min(batch, config.sequences_per_step)

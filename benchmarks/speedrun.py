@@ -38,7 +38,7 @@ from common import (
     write_jsonl,
 )
 from defaults import PROMPTS, asked_with
-from verify_record import (
+from tracks import (
     OWN_PROMPT,
     SEEDS,
     SOURCE,
@@ -50,9 +50,8 @@ from verify_record import (
     source_digest,
     source_here,
     source_of,
-    summary_of,
-    verify,
 )
+from verify_record import summary_of, verify
 
 from rollout import rollout
 from support.checkpoint import SUMS, checkpoints, find_model, sha256, step_of, write_sums
@@ -94,7 +93,7 @@ class Entry:
     def stop_if_late(self, seconds: float = 0.0) -> None:
         """End with exit code 75 where less than so many seconds are left."""
         if time.monotonic() + seconds > self.deadline:
-            print("the time is up; call it again to go on", flush=True)
+            print("the time is up: call it again to go on", flush=True)
             sys.exit(AGAIN)
 
 
@@ -172,8 +171,17 @@ def train(entry: Entry, seed: int) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = sum(b - a for a, b in zip(before[:2], after[:2], strict=True))
     noted(entry, seed, processor=about["processor"] + used)
-    stopped = late and running.returncode == -signal.SIGTERM  # before its first step
-    require(running.returncode == 0 or stopped, "train.py has failed; what it says stands above.")
+    code = running.returncode
+    stopped = late and code == -signal.SIGTERM  # before its first step
+    require(
+        code == 0 or stopped,
+        f"train.py has ended with exit code {code}; what it says stands above (-9: it was killed, "
+        "for want of memory, say). Call this again to go on.",
+    )
+    rows = read_jsonl(run / "metrics.jsonl")
+    spent = sum(row.get("time/step", 0.0) for row in rows)
+    done = rows[-1]["step"] if rows else 0
+    print(f"seed {seed}: step {done} of {config.steps}, {spent:.1f} s of training", flush=True)
     if late:
         entry.stop_if_late(float("inf"))
 

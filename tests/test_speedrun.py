@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import speedrun
+import tracks as t
 import verify_record as v
 
 from support.checkpoint import write_sums
@@ -31,7 +32,7 @@ def git(repo, *words):
 def repo(tmp_path_factory):
     """A repository with two commits, whose trainer is a few bytes and whose task has 60 questions."""
     repo = tmp_path_factory.mktemp("repo")
-    for name in v.SOURCE:
+    for name in t.SOURCE:
         (repo / name).parent.mkdir(exist_ok=True)
         if name.endswith(".py"):
             (repo / name).write_text(f"# {name}")
@@ -68,7 +69,7 @@ def step_row(step):
 
 def answer(i, text=None):
     text = f"<answer>{i}</answer>" if text is None else text
-    said = {"index": i, "question": v.fingerprint(f"How many are {i}?")}
+    said = {"index": i, "question": t.fingerprint(f"How many are {i}?")}
     return said | {"tokens": 5, "truncated": False, "completion": text}
 
 
@@ -76,21 +77,21 @@ def answer(i, text=None):
 def true_record(repo, tmp_path_factory):
     """A record as speedrun.py writes it, on the laptop's track."""
     folder, commit = tmp_path_factory.mktemp("record") / "true", commits(repo)[1]
-    files = v.source_of(commit, repo)
-    about = {"commit": commit, "source": v.source_digest(files), "processor": 9.0}
+    files = t.source_of(commit, repo)
+    about = {"commit": commit, "source": t.source_digest(files), "processor": 9.0}
     about |= {
         "machine": "2 CPU cores",
         "versions": "Python 3",
-        "base": v.hashlib.sha256(b"tiny/model/model.safetensors").hexdigest(),
+        "base": t.hashlib.sha256(b"tiny/model/model.safetensors").hexdigest(),
     }
-    about["train"] = v.digest(v.load_questions(str(repo / "tiny/task"), "train"))
+    about["train"] = t.digest(v.load_questions(str(repo / "tiny/task"), "train"))
     about["evaluation"] = {"step": STEPS, "temperature": 0.0, "max_new_tokens": 48}
     config = {
         "device": "cpu", "model": "tiny/model", "dataset": "tiny/task", "eval_dataset": "", "eval_questions": 0,
         "question_column": "question", "answer_column": "answer", "max_new_tokens": 48, "precision": "fp32", "lr": 1e-5,
         "warmup_steps": 0, "rollouts_per_step": 4, "group_size": 2, "reward": ["accuracy"], "system_prompt": "", "rollout_url": "",
     }  # fmt: skip
-    for seed in v.SEEDS:
+    for seed in t.SEEDS:
         own = folder / f"seed-{seed}"
         speedrun.write_jsonl(own / "evaluation.jsonl", map(answer, range(COUNT)))
         speedrun.write_jsonl(own / "metrics.jsonl", map(step_row, range(1, STEPS + 1)))
@@ -182,7 +183,7 @@ FORGERIES = {
 def test_a_forgery_is_refused(name, record, repo):
     file, change, sentence = FORGERIES[name]
     shared = file in ("about.json", "config.yaml")  # what both runs must have alike
-    for path in [record / f"seed-{s}" / file for s in v.SEEDS] if shared else [record / file]:
+    for path in [record / f"seed-{s}" / file for s in t.SEEDS] if shared else [record / file]:
         rewrite(path, change)
     write_sums_again(record)
     with pytest.raises(UserError, match=sentence):
@@ -196,7 +197,7 @@ def write_sums_again(record):
 
 def test_another_commit_is_refused(record, repo):
     """One that exists, with another loss.py."""
-    for seed in v.SEEDS:
+    for seed in t.SEEDS:
         rewrite(record / f"seed-{seed}/about.json", lambda a: a.update(commit=commits(repo)[0]))
     write_sums_again(record)
     with pytest.raises(UserError, match="not that of the commit"):
@@ -210,7 +211,7 @@ def test_another_commit_is_refused(record, repo):
 def test_a_target_that_is_not_reached_or_was_no_target(right, untrained, sentence, record, repo):
     """57 of 60 are 0.95, and may be 0.86."""
     texts = [None if i < right else "?" for i in range(COUNT)]
-    for seed in v.SEEDS:
+    for seed in t.SEEDS:
         rows = list(map(answer, range(COUNT), texts))
         speedrun.write_jsonl(record / f"seed-{seed}/evaluation.jsonl", rows)
         rewrite(
