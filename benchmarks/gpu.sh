@@ -169,12 +169,15 @@ run() {
         [ "$name" = tests ] || which="tests/test_second_device.py -k real_gpu"
         [ "$name$DEVICE" != cudacpu ] || { skip cuda "DEVICE is cpu"; return; }
         piece "$name" $((LEAST * 2)) "$PYTHON" -m pytest -q -p no:cacheprovider $options $which ;;
-    *)
-        echo "error: There is no piece $name; choose among: $ALL." >&2
-        exit 2 ;;
     esac
 }
 
+for each in "$@"; do
+    if [[ " $ALL " != *" $each "* ]]; then
+        echo "error: There is no piece '$each'; choose among: $ALL." >&2
+        exit 2
+    fi
+done
 if [ ! -d "$DATASET" ] && ! has datasets; then
     echo "error: DATASET=$DATASET is no folder here, and the package datasets is not installed;" \
         "give DATASET a folder with train.jsonl and test.jsonl." >&2

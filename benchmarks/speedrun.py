@@ -303,12 +303,10 @@ def ask_untrained(entry: Entry) -> None:
 
 def write_record(entry: Entry) -> None:
     """The summary, the hashes, and whether it is a record."""
-    first = {"track": entry.name, "by": entry.by}
-    file = entry.out / "record.json"
-    file.write_text(json.dumps(first), encoding="utf-8")
     dataset = entry.config(SEEDS[0]).dataset
-    found = summary_of(entry.out, dataset)
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = summary_of(entry.out, entry.name, entry.by, dataset)
+    text = json.dumps(found, indent=1) + "\n"
+    (entry.out / "record.json").write_text(text, encoding="utf-8")
     (entry.out / SUMS).unlink(missing_ok=True)
     write_sums(entry.out)
     verify(entry.out, dataset)

@@ -171,8 +171,10 @@ def check_about(about: dict[str, Any], facts: Facts, config: dict[str, Any], nam
     require(found == most, f"{name}: {found} tokens for an answer, and {most} in training.")
 
 
-def check_steps(rows: list[dict[str, Any]], config: dict[str, Any], name: str) -> float:
-    """Every step is there once, and the parts of each fit into its time; the sum of the times."""
+def check_steps(
+    rows: list[dict[str, Any]], config: dict[str, Any], name: str
+) -> tuple[float, dict[str, Any]]:
+    """The sum of the times of all steps, each of which is there once, and the last one."""
     steps = [row for row in rows if row["step"] > 0]
     numbers = [row["step"] for row in steps]
     require(
@@ -199,7 +201,7 @@ def check_steps(rows: list[dict[str, Any]], config: dict[str, Any], name: str) -
             f"{where}: its tokens and seconds make {rate:.0f} tokens a second, and it says "
             f"{noted:.0f}; one of the three was changed.",
         )
-    return sum(row["time/step"] for row in steps)
+    return sum(row["time/step"] for row in steps), steps[-1]
 
 
 def read_seed(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,7 +219,7 @@ def check_seed(folder: Path, seed: int, facts: Facts) -> dict[str, Any]:
     check_settings(config, facts, name)
     check_about(about, facts, config, name)
     rows = read_jsonl(folder / "metrics.jsonl")
-    seconds, last = check_steps(rows, config, name), rows[-1]
+    seconds, last = check_steps(rows, config, name)
     answered = about["evaluation"]["step"]
     same = answered == last["step"]
     require(same, f"{name}: the answers are those of step {answered}, not of the last one.")
@@ -264,28 +266,32 @@ def check_alike(configs: list[dict[str, Any]], abouts: list[dict[str, Any]]) -> 
         require(abouts[0][name] == abouts[1][name], f"The runs differ in their {name}.")
 
 
-def summary_of(folder: Path, dataset: str | None = None, repo: Path = ROOT) -> dict[str, Any]:
+def summary_of(
+    folder: Path, track: str, by: str, dataset: str | None = None, repo: Path = ROOT
+) -> dict[str, Any]:
     """What the files of a record say, without its own summary.
 
+    Args:
+        track: its name; by: whose record it is.
+        dataset: GSM8K, where the track is on it.
     Raises:
         UserError: the first thing that is wrong with it.
     """
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    track = TRACKS[check_choice(record["track"], TRACKS, "track")]
+    about_track = TRACKS[check_choice(track, TRACKS, "track")]
     folders = [folder / f"seed-{seed}" for seed in SEEDS]
     for each in folders:
         require(each.is_dir(), f"The run {each.name} is missing; both seeds {SEEDS} must be there.")
     configs, abouts = zip(*map(read_seed, folders), strict=True)
     check_alike(configs, abouts)
     config, about = configs[0], abouts[0]
-    facts = facts_of(track, about["commit"], dataset, repo)
+    facts = facts_of(about_track, about["commit"], dataset, repo)
     seeds = {str(s): check_seed(f, s, facts) for s, f in zip(SEEDS, folders, strict=True)}
     steps = {found["steps"] for found in seeds.values()}
     require(len(steps) == 1, f"The runs have {sorted(steps)} steps; each seed has as many.")
     stand_in = about["base"] != facts.weights
     return {
-        "track": record["track"],
-        "by": record["by"],
+        "track": track,
+        "by": by,
         "model": config["model"] + (" (a stand-in)" if stand_in else ""),
         "questions": len(facts.questions),
         "seconds": max(found["seconds"] for found in seeds.values()),
@@ -301,8 +307,8 @@ def verify(folder: Path, dataset: str | None = None, repo: Path = ROOT) -> dict[
     """The summary of a record, if its files bear it out; else UserError."""
     check_sums(folder)
     try:
-        found = summary_of(folder, dataset, repo)
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        found = summary_of(folder, record["track"], record["by"], dataset, repo)
     except (LookupError, TypeError, AttributeError, ValueError, OSError, yaml.YAMLError) as error:
         kind = type(error).__name__
         raise UserError(
@@ -323,13 +329,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for folder in args.folders:
         found = verify(folder, args.dataset)
-        reached = ", ".join(
-            f"{run['strict'] / found['questions']:.3f} ({run['low']:.3f}–{run['high']:.3f}) in "
-            f"{run['seconds']:.1f} s with seed {seed}"
+        reached = "; ".join(
+            f"seed {seed}: {run['strict'] / found['questions']:.3f} ({run['low']:.3f}–"
+            f"{run['high']:.3f}) in {run['seconds']:.1f} s"
             for seed, run in found["seeds"].items()
         )
         words = TRACKS[found["track"]].words
-        print(f"{folder}: a record. {words}: {found['seconds']:.1f} s ({reached}).")
+        print(f"{folder} is a record: {words}, in {found['seconds']:.1f} s ({reached}).")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ def true_record(repo, tmp_path_factory):
 
 def summarize(folder, repo):
     """The summary and the hashes, as whoever has changed a file would make them again."""
-    (folder / "record.json").write_text(json.dumps({"track": "laptop", "by": "me"}))
-    (folder / "record.json").write_text(json.dumps(v.summary_of(folder, None, repo)))
+    found = v.summary_of(folder, "laptop", "me", None, repo)
+    (folder / "record.json").write_text(json.dumps(found))
     (folder / "SHA256SUMS").unlink(missing_ok=True)
     write_sums(folder)
 
@@ -242,17 +242,16 @@ def test_a_file_that_its_hash_does_not_know(damage, sentence, record, repo):
 def test_the_runs_must_be_two_and_alike(record, repo):
     rewrite(record / "seed-1/config.yaml", lambda c: c.update(lr=2e-5))
     with pytest.raises(UserError, match="differ in more than the seed: --lr"):
-        v.summary_of(record, None, repo)
+        v.summary_of(record, "laptop", "me", None, repo)
     shutil.rmtree(record / "seed-1")
     with pytest.raises(UserError, match="seed-1 is missing"):
-        v.summary_of(record, None, repo)
+        v.summary_of(record, "laptop", "me", None, repo)
 
 
 def test_gsm8k_is_known_by_its_hash(record, repo):
     """The bundled questions are not taken for it."""
-    rewrite(record / "record.json", lambda r: r.update(track="gsm8k-50"))
     with pytest.raises(UserError, match="does not hold GSM8K"):
-        v.summary_of(record, str(repo / "tiny/task"), repo)
+        v.summary_of(record, "gsm8k-50", "me", str(repo / "tiny/task"), repo)
 
 
 RECORDS = sorted(ROOT.glob("results/speedrun/*/record.json"))
