@@ -30,6 +30,7 @@ from common import interval, machine, table, versions
 
 import report
 import train
+from objectives.table import OBJECTIVES
 from support.command_line import parse_config
 from support.errors import UserError, command
 from support.model import set_learning_rate
@@ -257,6 +258,12 @@ def look(runs: list[Path], out: Path) -> None:
         detail = page.js("document.getElementById('detail').textContent")
         check("pointing at a token shows it", "π" in detail, done)
         page.picture(out / "report-desktop.png")
+        page.js("document.querySelector('.tok').click()")
+        pinned = page.js("document.getElementById('detail').textContent")
+        page.point(".completion:last-of-type .tok:last-child")
+        same = page.js("document.getElementById('detail').textContent") == pinned
+        check("a token that was clicked stays", same, done)
+        page.js("document.getElementById('close').click()")
         page.js("document.querySelector('.tok[tabindex=\"0\"]').focus()")
         page.key("ArrowRight")
         reached = page.js("document.activeElement.dataset.i")
@@ -284,9 +291,35 @@ def look(runs: list[Path], out: Path) -> None:
         check("hostile texts are shown", "window.hacked" in shown, done)
         check("no error with hostile texts", not page.complaints(), done)
         page.picture(out / "report-hostile.png")
+        objectives(page, make_page([], folder / "all.html", "--objectives"), out, done)
         size = path.stat().st_size / 1e6
         print(f"page {size:.2f} MB, open after {seconds:.1f} s, {tokens} tokens compared")
     print("\n".join(f"ok: {each}" for each in done))
+
+
+def objectives(page: Browser, path: Path, out: Path, done: list[str]) -> None:
+    """The page of all objectives: its map, its slider, its KL curves."""
+    page.size(1280, 860)
+    page.open(path)
+    page.picture(out / "objectives.png")
+    rows = page.js("document.querySelectorAll('#map .name').length")
+    check("the map has a row for each objective", rows == len(OBJECTIVES), done)
+    for number, name in enumerate(OBJECTIVES):
+        page.choose("slider", str(number), "input")
+        shown = page.js("document.getElementById('step-name').textContent")
+        check(f"the slider shows {name}", shown.startswith(f"{name} ("), done)
+    page.js("document.querySelector('#map .up').dispatchEvent(new MouseEvent('click'))")
+    detail = page.js("document.getElementById('detail').textContent")
+    check("a bar of the map shows its token", "log π" in detail, done)
+    page.js("document.getElementById('kl-part').scrollIntoView()")
+    page.picture(out / "objectives-kl.png")
+    page.size(390, 844, dark=True)
+    wide = page.js("document.documentElement.scrollWidth")
+    check(f"the same on a phone ({wide} of 390)", wide <= 390, done)
+    page.js("document.getElementById('language').click()")
+    page.js("scrollTo(0, 0)")
+    page.picture(out / "objectives-phone-zh.png")
+    check("no error on the page of objectives", not page.complaints(), done)
 
 
 def pictures(page: Browser, out: Path, done: list[str]) -> None:

@@ -19,7 +19,9 @@ def as_json(data: dict[str, Any]) -> str:
 
 def page(data: dict[str, Any]) -> str:
     """The whole file. Its policy lets only this script and this style in, and nothing be loaded."""
-    style, script = (PAGE.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    names = ("page.css", "words.js", "page.js")
+    style, words, script = (PAGE.joinpath(name).read_text("utf-8") for name in names)
+    script = words + script
     parts = {"style": style, "script": script, "data": as_json(data)}
     style, script = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
