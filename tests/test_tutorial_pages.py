@@ -6,8 +6,8 @@ How a page is written:
   languages, in the same order.
 - `+1.620<!--=compare.right-->`: a number with the name that it has in tests/tutorial_numbers.py.
   Between `<!-- worked -->` and `<!-- /worked -->` every number outside of code has one. Minus is −.
-- A block ```python with a block ```text behind it is run, and prints that text. The blocks of a
-  chapter are run one after the other in one session. The same code stands in all languages.
+- Blocks ```python are run one after the other in one session; what they print is the block ```text
+  behind them. The same code stands in all languages. What a command printed is ```text too.
 - A block ```bash is a command that the command line knows.
 - Each chapter ends with "predict, then run" and its answer in <details>.
 """
@@ -17,6 +17,7 @@ import contextlib
 import io
 import re
 import shlex
+from code import InteractiveConsole
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,10 @@ APPENDICES = ["symptoms", "wrong"]
 
 HEADING = re.compile(r'<a id="([\w-]+)"></a>\n(#+) .+')
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-RUN = re.compile(r"^```python\n(.*?)^```\n+(?:```text\n(.*?)^```$)?", re.M | re.S)
 MARK = re.compile(r"([+−-]?\d[\d.]*)<!--=([\w.]+)-->")
 ANY_MARK = re.compile(r"<!--=([\w.]+)-->")
 WORKED = re.compile(r"<!-- worked -->(.*?)<!-- /worked -->", re.S)
-NUMBER = re.compile(r"(?<![\w.])[+−-]?\d[\d.]*(?!\w)")
+NUMBER = re.compile(r"(?<![\w.−-])[+−-]?\d[\d.]*(?!\w)")
 CODE_SPAN = re.compile(r"`[^`\n]+`")
 IMAGE = re.compile(r"!\[\]\(figures/([\w-]+\.svg)\)")
 
@@ -112,35 +112,32 @@ def test_a_lesson_ends_with_a_prediction_and_its_answer(page, lesson):
     assert re.search(r"^```(bash|python)$", text, re.M), "something to run"
 
 
-@pages
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_what_is_printed_is_printed(page, lesson, monkeypatch):
+def test_what_is_printed_is_printed(monkeypatch):
+    """In one session of Python, line by line, as a reader pastes it.
+
+    Other languages have the same code (below).
+    """
     monkeypatch.chdir(ROOT)
-    session = {"__name__": "tutorial"}
-    for code, expected in RUN.findall(chapters(page)[lesson]):
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            exec(code, session)
-        assert output.getvalue().rstrip() == expected.rstrip(), code
-
-
-COMMANDS = {
-    "train.py",
-    "run.py",
-    "evaluate.py",
-    "report.py",
-    "sft.py",
-    "check_data.py",
-    "merge.py",
-    "to_verl.py",
-}
+    session, printed = InteractiveConsole(), ""
+    for kind, block in BLOCK.findall(read(PAGES[0])):
+        if kind == "python":
+            assert not printed, f"printed, and not shown: {printed}"
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                for line in [*block.splitlines(), ""]:
+                    waits = session.push(line)
+            assert not waits, f"not a whole statement: {block}"
+            printed = output.getvalue()
+        elif kind == "text" and printed:
+            assert printed.rstrip() == block.rstrip()
+            printed = ""
 
 
 @pages
 def test_commands_are_known(page):
     """The flags of train.py are parsed; of the others the file must be there."""
     for kind, block in BLOCK.findall(read(page)):
-        for line in block.splitlines() if kind == "bash" else ():
+        for line in block.replace("\\\n", "").splitlines() if kind == "bash" else ():
             words = shlex.split(line, comments=True)
             if "train.py" in words:
                 parse_config(words[words.index("train.py") + 1 :], "", NAMES)
@@ -152,7 +149,9 @@ def test_commands_are_known(page):
 def test_pictures_have_no_words(page):
     """So that all languages share them; names of the code are no words."""
     for name in IMAGE.findall(read(page)):
-        for kind, words in re.findall(r'<text.*class="(.*)">(.*)</text>', read(ROOT / "docs/figures" / name)):
+        for kind, words in re.findall(
+            r'<text.*class="(.*)">(.*)</text>', read(ROOT / "docs/figures" / name)
+        ):
             assert "code" in kind.split() or not re.search(r"[A-Za-z]{4,}", words), words
 
 
@@ -179,4 +178,6 @@ def test_the_languages_have_the_same_parts():
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_the_figures_are_fresh(name):
-    assert figures.FIGURES[name]() == read(ROOT / "docs/figures" / f"{name}.svg"), "run docs/figures.py"
+    assert figures.FIGURES[name]() == read(ROOT / "docs/figures" / f"{name}.svg"), (
+        "run docs/figures.py"
+    )

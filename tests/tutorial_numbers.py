@@ -6,6 +6,7 @@ the text shows, and compares. What is given in an example (a probability, a leng
 """
 
 import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -60,6 +61,11 @@ def without_std(returns):
     return objective_advantages(returns, returns[None], [1.0], objective)
 
 
+def read_rows(name):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+
+
 def right(count, group=8):
     """The rewards of a group in which `count` completions are right."""
     return torch.tensor([1.0] * count + [0.0] * (group - count))
@@ -74,8 +80,8 @@ def score():
     }
     rewards = {f"{who}.{i}": r for who, row in paid.items() for i, r in enumerate(row, 1)}
     compared = {who: group_advantages(torch.tensor(row)).tolist() for who, row in paid.items()}
-    advantages = {f"{who}.A{i}": compared[who][i - 1] for who in paid for i in (1, 2, 3, 4, 6)}
-    return rewards | advantages | {"completions": 12}
+    advantages = {f"{who}.A{i}": compared[who][i - 1] for who in paid for i in (2, 6)}
+    return rewards | advantages | {f"i{i}": i for i in range(1, 13)}
 
 
 def compare():
@@ -104,11 +110,15 @@ def compare():
 
 
 def buffer():
-    rows = [Experience.of([7] * p, [8] * c) for p, c in ((3, 4), (5, 2))]
-    batch = pad_batch(rows)
+    sizes = ((3, 4), (5, 2))
+    batch = pad_batch([Experience.of([7] * p, [8] * c) for p, c in sizes])
     width = batch.sequences.shape[1]
-    return {
+    given = {
+        f"{'prompt' if k == 0 else 'length'}.{i}": s[k] for i, s in enumerate(sizes) for k in (0, 1)
+    }
+    return given | {
         "L": width,
+        "P": width - batch.num_actions,
         "C": batch.num_actions,
         "theirs": width - 1,
         "sampled": batch.action_mask.sum(),
@@ -123,12 +133,13 @@ def ratio():
         "r": 0.35 / 0.25,
         "good": 1.62,
         "bad": -0.54,
+        "minus_bad": 0.54,
         "good_loss": up[0],
         "good_gradient": abs(up[1]),
         "bad_loss": down[0],
         "bad_gradient": down[1],
-        "high": 1.2,
-        "low": 0.8,
+        "high": 1 + GRPOLoss().clip_eps,
+        "minus_high": -1 - GRPOLoss().clip_eps,
     }
 
 
@@ -148,17 +159,16 @@ def divergence():
 def means():
     grpo = GRPOLoss().token_weights
     modes = {
-        "paper": lambda lengths: grpo(lengths, 512),
+        "paper": lambda lengths: grpo(lengths, 0),
         "dapo": lambda lengths: token_weights(lengths, "token-mean"),
-        "dr": lambda lengths: token_weights(lengths, "seq-mean-token-sum-norm", 512),
+        "dr": lambda lengths: token_weights(lengths, "seq-mean-token-sum-norm", max(lengths)),
     }
     found = {}
     for pair in ((3, 5), (10, 100)):
         for name, weigh in modes.items():
             weights = weigh(list(pair))
             found |= {f"{name}.{n}": w for n, w in zip(pair, weights, strict=True)}
-            found |= {f"{name}.all{n}": n * w for n, w in zip(pair, weights, strict=True)}
-    return found | {f"length.{n}": n for n in (3, 5, 10, 100)} | {"max": 512}
+    return found | {f"length.{n}": n for n in (3, 5, 10, 100)}
 
 
 def update():
@@ -169,14 +179,40 @@ def update():
         "completions": config.sequences_per_step,
         "size": config.train_batch_size,
         "steps": config.optimizer_steps,
+        "stale": config.optimizer_steps - 1,
         "gsm8k": Config().optimizer_steps,
+        "tiny": Config(**PRESETS["tiny"]).optimizer_steps,
         "gsm8k_size": Config().train_batch_size,
     }
 
 
+def well():
+    """Of the two runs in results/tutorial_runs.jsonl."""
+    rows = read_rows("results/tutorial_runs.jsonl")
+    well, sick = ([row for row in rows if row["run"] == run] for run in ("healthy", "sick"))
+    names = {
+        "kl": "train/kl_divergence",
+        "clipped": "train/clipped_share",
+        "grad": "train/grad_norm",
+    }
+    return {
+        "before": well[0]["eval/accuracy"],
+        "after": well[-1]["eval/accuracy"],
+        "sick_after": sick[-1]["eval/accuracy"],
+        "reward": sick[1]["rollout/returns"],
+        "sick_reward": sick[2]["rollout/returns"],
+        "kl": max(row[names["kl"]] for row in well[1:]),
+        "sick_kl_after": sick[-1][names["kl"]],
+        "clipped": max(row[names["clipped"]] for row in well[1:]),
+        "grad": statistics.mean(row[names["grad"]] for row in well[1:]),
+        "tokens": well[1]["rollout/completion_tokens"],
+        "tokens_after": well[-1]["rollout/completion_tokens"],
+    } | {f"sick_{name}": sick[1][metric] for name, metric in names.items()}
+
+
 def minute():
     """Of the five runs in results/demo.jsonl."""
-    rows = [json.loads(line) for line in (ROOT / "results/demo.jsonl").read_text().splitlines()]
+    rows = read_rows("results/demo.jsonl")
     first = [row for row in rows if row["step"] == 0]
     last = [row for row in rows if row["step"] == 40]
     greedy = [row["eval/accuracy"] for row in last]
@@ -187,6 +223,7 @@ def minute():
         "tokens_before": first[0]["eval/completion_tokens"],
         "tokens_after": last[0]["eval/completion_tokens"],
         "seeds": len(last),
+        "questions": len(read_rows("tiny/task/test.jsonl")),
     }
 
 
@@ -204,7 +241,11 @@ def std():
             f"{count}.push": ours.abs().sum(),
             f"{count}.centered_push": alone.abs().sum(),
         }
-    return found
+    shares = {
+        name: 100 * found[f"7.{push}"] / found[f"4.{push}"]
+        for name, push in (("share", "push"), ("share_centered", "centered_push"))
+    }
+    return found | shares
 
 
 CHAPTERS = {
@@ -216,6 +257,7 @@ CHAPTERS = {
     "kl": divergence,
     "means": means,
     "update": update,
+    "well": well,
     "std": std,
 }
 
