@@ -392,6 +392,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs=2, metavar="FOLDER", help="a healthy run and a sick one")
     if given := parser.parse_args().runs:
+        for run in given:
+            if not (Path(run) / "metrics.jsonl").is_file():
+                parser.error(f"{run} is no run: it has no metrics.jsonl; give folders as runs/NAME")
         keep_runs(*given)
     folder = ROOT / "docs" / "figures"
     folder.mkdir(exist_ok=True)

@@ -73,10 +73,13 @@ def test_the_chapters_are_all_there_in_order(page):
 
 
 @pages
-def test_links_inside_the_page_lead_somewhere(page):
-    text = read(page)
-    anchors = {m[1] for m in HEADING.finditer(text)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
+def test_links_lead_to_headings(page):
+    """Those inside the page; and those into others, whose headings have the names of GitHub."""
+    for file, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", read(page)):
+        text = read(page.parent / file) if file else read(page)
+        titles = re.findall(r"^#+ (.+)", text, re.M)
+        names = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert anchor in names | set(re.findall(r'<a id="([\w-]+)">', text)), f"{file}#{anchor}"
 
 
 @pages
