@@ -3,7 +3,8 @@
 How a page is written:
 
 - `<a id="compare"></a>` stands before each heading; headings and their anchors are the same in all
-  languages, in the same order.
+  languages, in the same order, and so are each chapter's links and its places in the code.
+- A paragraph of Chinese is one line: a line break in it would be shown as a space.
 - `+1.620<!--=compare.right-->`: a number with the name that it has in tests/tutorial_numbers.py.
   Between `<!-- worked -->` and `<!-- /worked -->` every number outside of code has one. Minus is −.
 - Blocks ```python are run one after the other in one session; what they print is the block ```text
@@ -39,9 +40,12 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 MARK = re.compile(r"([+−-]?\d[\d.]*)<!--=([\w.]+)-->")
 ANY_MARK = re.compile(r"<!--=([\w.]+)-->")
 WORKED = re.compile(r"<!-- worked -->(.*?)<!-- /worked -->", re.S)
-NUMBER = re.compile(r"(?<![\w.−-])[+−-]?\d[\d.]*(?!\w)")
+# Of ASCII: a Chinese character is a letter to Python, and a number may stand beside it.
+NUMBER = re.compile(r"(?<![\w.−-])[+−-]?\d[\d.]*(?!\w)", re.A)
 CODE_SPAN = re.compile(r"`[^`\n]+`")
 IMAGE = re.compile(r"!\[\]\(figures/([\w-]+\.svg)\)")
+LINK = re.compile(r"\]\(([^)]+)\)")
+PLACE = re.compile(r"`([\w/]+\.py:[\w.]+)`")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -166,11 +170,12 @@ def test_the_languages_have_the_same_parts():
             blocks = [
                 ast.dump(ast.parse(block)) if kind == "python" else block.strip()
                 for kind, block in BLOCK.findall(text)
-                if kind in ("python", "text")
             ]
             marks = sorted((name, shown) for shown, name in MARK.findall(text))
             headings = [(m[1], m[2]) for m in HEADING.finditer(text)]
-            found[anchor] = headings, marks, blocks, IMAGE.findall(text)
+            links = {re.sub(r"\.(en|zh)\.md", "", link) for link in LINK.findall(text)}
+            places = set(PLACE.findall(text))
+            found[anchor] = headings, marks, blocks, links, places
         return found
 
     first, *others = map(parts, PAGES)
