@@ -495,6 +495,8 @@ $("forward").onclick = () => goTo(state.step + 1);
 $("tint").onchange = () => { state.tint = $("tint").value; showStep(); };
 $("search").oninput = search;
 $("close").onclick = noToken;
+// In a notebook the page stands in a frame, where the link would lead to the notebook.
+document.querySelector(".skip").onclick = (event) => { event.preventDefault(); $("step-part").focus(); };
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   const chosen = $("token").contains(document.activeElement) && document.querySelector(".tok[aria-pressed=true]");
