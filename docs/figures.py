@@ -36,11 +36,12 @@ text{font:14px system-ui,sans-serif;fill:#1f2328}.small{font-size:12px}.soft{fil
 .empty{fill:#f6f8fa;stroke:#b7c0c9;stroke-dasharray:3 2}.prompt{fill:#d5dbe1;stroke:#8c959f}
 .up{fill:#2f6fde}.down{fill:#d9730d}.upline{stroke:#2f6fde;fill:none;stroke-width:2.5}
 .downline{stroke:#d9730d;fill:none;stroke-width:2.5}.shade{fill:#59636e;opacity:.13}
-text.up,text.down{font-weight:600}.cell{stroke:#fff}.white{fill:#fff}
+text.up,text.down{font-weight:600}.cell{stroke:#fff}.white{fill:#fff}.mask{fill:#1a7f37}
 @media (prefers-color-scheme:dark){text{fill:#e6edf3}.soft{fill:#9198a1}.back{fill:#0d1117}
 .line{stroke:#9198a1}.faint{stroke:#3d444d}.empty{fill:#151b23;stroke:#59636e}
 .prompt{fill:#3d444d;stroke:#6e7681}.up{fill:#589bff}.down{fill:#f0913a}.upline{stroke:#589bff}
-.downline{stroke:#f0913a}.shade{fill:#9198a1;opacity:.18}.cell{stroke:#0d1117}.white{fill:#0d1117}}
+.downline{stroke:#f0913a}.shade{fill:#9198a1;opacity:.18}.cell{stroke:#0d1117}.white{fill:#0d1117}
+.mask{fill:#3fb950}}
 """
 
 
@@ -133,10 +134,10 @@ def cells(drawing: Drawing, y: int, values: list[str], name: str, first: int = 0
     """A row of tokens or of bits, with its name; `first` is its first column."""
     drawing.text(LEFT - 12, y + 19, name, "code end")
     for i, value in enumerate(values, first):
-        dark = value[0] in "y■1"
-        kind = "up" if dark else "empty" if value in "·0" else "prompt"
+        kinds = {"·": "empty", "0": "empty", "1": "mask", "ℓ": "line", "x": "prompt"}
+        kind = kinds.get(value[0], "up")
         drawing.rect(LEFT + i * CELL + 2, y, CELL - 4, 28, kind)
-        color = "middle white" if dark else "middle"
+        color = "middle white" if kind in ("up", "mask") else "middle"
         drawing.text(LEFT + (i + 0.5) * CELL, y + 19, value, color)
 
 
@@ -287,7 +288,7 @@ def bar(
 
 
 def std() -> str:
-    """What a group weighs, over its number of right answers of 8: with the std and without."""
+    """What a group weighs beside the one with 4 of 8 right: with the std and without."""
     drawing, group, counts = Drawing(300), 8, range(0, 9)
     plain = find_objective("grpo", advantage_std="none")
     found: dict[str, list[float]] = {"A = R − R̄": [], "A = (R − R̄) / σ": []}
@@ -296,19 +297,23 @@ def std() -> str:
         alone = objective_advantages(returns, returns[None], [1.0], plain)
         for curve, values in zip(found.values(), (alone, group_advantages(returns)), strict=True):
             curve.append(values.abs().sum().item())
-    left, bottom, step, height = 90, 246, 66, 190
+    left, bottom, step, height = 90, 246, 66, 170
     drawing.path([(left, 40), (left, bottom), (left + 8 * step + 20, bottom)])
-    drawing.text(left - 12, 36, "Σ|A|", "end bold")
+    drawing.text(left - 12, 36, "Σ|A|  ÷  Σ|A|₄", "middle bold")
+    drawing.text(left + 8 * step + 50, bottom + 5, "k/8", "middle bold")
     for count in counts:
         drawing.text(left + count * step, bottom + 22, f"{count}/8", "middle small")
     for (name, values), kind in zip(found.items(), ("down", "up"), strict=True):
-        points = [(left + i * step, bottom - v / 8 * height) for i, v in enumerate(values)]
+        shares = [value / values[4] for value in values]
+        points = [(left + i * step, bottom - v * height) for i, v in enumerate(shares)]
         drawing.path(points, f"{kind}line")
-        for (x, y), value in zip(points, values, strict=True):
+        side, below = (1, 20) if kind == "down" else (-1, -9)
+        for i, ((x, y), share) in enumerate(zip(points, shares, strict=True)):
             drawing.add("circle", cx=float(x), cy=y, r=4.5, kind=kind)
-            if value:
-                drawing.text(x, y - 10, f"{value:.2f}", f"middle small {kind}")
-        drawing.text(left + 8 * step - 20, points[6][1] - 22, name, f"small {kind}")
+            if share:
+                shown = f"{100 * share:.0f} %"
+                drawing.text(x + side * (4 - i) * 6, y + below, shown, f"middle small {kind}")
+        drawing.text(left + 8 * step - 20, points[7][1] - 22, name, f"small {kind}")
     return drawing.svg()
 
 

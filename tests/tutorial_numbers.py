@@ -6,7 +6,6 @@ the text shows, and compares. What is given in an example (a probability, a leng
 """
 
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -172,8 +171,13 @@ def means():
 
 
 def update():
-    config = Config(**PRESETS["tutorial"])
+    config, ours = Config(**PRESETS["tutorial"]), Config()
+    groups = right(6, ours.group_size).repeat(ours.rollouts_per_step, 1)
+    # The standard error of the mean of a batch that is drawn without replacement.
+    size, count = ours.train_batch_size, ours.sequences_per_step
+    scatter = group_advantages(groups).std() * (1 / size - 1 / count) ** 0.5
     return {
+        "scatter": scatter,
         "questions": config.rollouts_per_step,
         "G": config.group_size,
         "completions": config.sequences_per_step,
@@ -195,6 +199,7 @@ def well():
         "clipped": "train/clipped_share",
         "grad": "train/grad_norm",
     }
+    tokens = "rollout/completion_tokens"
     return {
         "before": well[0]["eval/accuracy"],
         "after": well[-1]["eval/accuracy"],
@@ -204,9 +209,14 @@ def well():
         "kl": max(row[names["kl"]] for row in well[1:]),
         "sick_kl_after": sick[-1][names["kl"]],
         "clipped": max(row[names["clipped"]] for row in well[1:]),
-        "grad": statistics.mean(row[names["grad"]] for row in well[1:]),
-        "tokens": well[1]["rollout/completion_tokens"],
-        "tokens_after": well[-1]["rollout/completion_tokens"],
+        "grad": max(row[names["grad"]] for row in well[1:]),
+        "grad_after": well[-1][names["grad"]],
+        "entropy": well[1]["train/entropy"],
+        "entropy_ten": well[10]["train/entropy"],
+        "tokens": well[1][tokens],
+        "tokens_after": well[-1][tokens],
+        "sick_tokens": max(row[tokens] for row in sick[1:]),
+        "sick_tokens_after": sick[-1][tokens],
     } | {f"sick_{name}": sick[1][metric] for name, metric in names.items()}
 
 
