@@ -13,16 +13,21 @@ below 0.9. --clone clones what is committed here. Everything happens in a folder
 import argparse
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from common import ROOT, machine, read_jsonl, versions
-from nbclient import NotebookClient
 
 from support.errors import UserError, command
+
+try:
+    import nbformat
+    from nbclient import NotebookClient
+except ImportError as error:
+    sys.exit(f"{error}; pip install matplotlib nbclient nbconvert ipykernel.")
 
 NOTEBOOK = Path("docs/pocket_grpo.ipynb")
 TARGET = 0.90
@@ -64,11 +69,15 @@ def without_pages(notebook: Any, metadata: dict[str, Any]) -> Any:
     return notebook
 
 
-def html_of(notebook: Any) -> str:
-    """The page that `jupyter nbconvert --to html` makes."""
-    from nbconvert import HTMLExporter
+def write_page(notebook: Any, folder: Path) -> None:
+    """Write notebook.html, as nbconvert makes it.
 
-    return HTMLExporter().from_notebook_node(notebook)[0]
+    In a process of its own: nbconvert asks for a package with the name of this file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / "notebook.ipynb")
+    convert = [sys.executable, "-m", "nbconvert", "--to", "html", "notebook.ipynb"]
+    subprocess.run(convert, cwd=folder, check=True)
 
 
 @command
@@ -94,8 +103,7 @@ def main(argv: list[str]) -> None:
         execute(notebook, folder if args.clone else folder / NOTEBOOK.parent)
         seconds, accuracy = time.perf_counter() - start, accuracy_of(folder)
     if args.html:
-        args.html.mkdir(parents=True, exist_ok=True)
-        (args.html / "notebook.html").write_text(html_of(notebook), encoding="utf-8")
+        write_page(notebook, args.html)
     if accuracy < TARGET:
         raise UserError(f"The held-out accuracy is {accuracy:.3f} at the end, below {TARGET}.")
     if args.write:

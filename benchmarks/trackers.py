@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ from common import (
     versions,
     write_lines,
 )
+
+from support.errors import UserError, command
 
 Points = dict[tuple[str, int], float]  # (metric, step): value
 HEAD = ["how", "metrics", "points", "equal in all digits", "equal as float32"]
@@ -113,35 +115,50 @@ def row_of(how: str, found: Points, wanted: Points) -> list[str]:
     ]
 
 
-def main() -> None:
-    """A run under W&B; then the run into each tracker."""
+def packages() -> str:
+    """The trackers with their versions; UserError if one is missing."""
+    try:
+        return ", ".join(f"{name} {version(name)}" for name in ("wandb", "trackio", "mlflow"))
+    except PackageNotFoundError as error:
+        raise UserError(
+            f'{error.name} is not installed; pip install wandb "trackio[tensorboard]" mlflow.'
+        ) from error
+
+
+@command
+def main(argv: list[str]) -> None:
+    """A run under W&B, and resumed under it; then the run into each tracker."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("flags", nargs="*", help="further flags for train.py, after --")
-    args = parser.parse_args()
+    args, trackers = parser.parse_args(argv), packages()
     (follow, import_events), (each_line, with_mlflow) = blocks("bash"), blocks("python")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         os.environ["TRACKIO_DIR"] = str(work / "trackio")  # for in_trackio
         shell(" ".join([follow.strip(), *args.flags]), work)
         (run,) = (work / "runs").iterdir()
-        wanted, rows = logged(run), []
-        rows.append(row_of("W&B, `sync_tensorboard=True`", in_wandb(work), wanted))
+        rows = [row_of("W&B, `sync_tensorboard=True`", in_wandb(work), logged(run))]
+        last = max(step for _, step in logged(run))
+        resume = f" --resume runs/{run.name} --steps {last + 2}"
+        shell(follow.split(" --preset")[0] + resume, work)
+        wanted = logged(run)
+        new = {place: value for place, value in wanted.items() if place[1] > last}
+        rows.append(row_of("W&B, the same, two steps more with `--resume`", in_wandb(work), new))
         code = each_line.replace("NAME", run.name)
         script(code, work)
         rows.append(row_of("W&B, `wandb.log` of each line", in_wandb(work), wanted))
         script(code.replace("import wandb", "import trackio as wandb"), work)
-        lines = in_trackio("pocket-grpo-all-digits")
+        each = in_trackio("pocket-grpo-all-digits")
         shell(import_events, work)
         imported = in_trackio("pocket-grpo")
         rows.append(row_of("Trackio, `trackio.import_tf_events`", imported, wanted))
-        rows.append(row_of("Trackio, `trackio.log` of each line", lines, wanted))
+        rows.append(row_of("Trackio, `trackio.log` of each line", each, wanted))
         script(with_mlflow.replace("NAME", run.name), work)
         rows.append(row_of("MLflow, `mlflow.log_metrics` of each line", in_mlflow(work), wanted))
-        packages = ", ".join(f"{name} {version(name)}" for name in ("wandb", "trackio", "mlflow"))
-    words = f"`{command_line(sys.argv[1:])}` on {machine()}; {versions()}; {packages}"
+    words = f"`{command_line(argv)}` on {machine()}; {versions()}; {trackers}"
     lines = [words, "", *table(HEAD, rows)]
     print("\n".join(lines))
     write_lines(args.out / "trackers.md", lines)
