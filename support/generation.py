@@ -8,9 +8,9 @@ called again for the others.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class Sampling:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     batch_size: int = 64  # sequences in one call of generate
+    # Is told rows of the batch and their newest tokens, and names the rows that shall end there.
+    watch: Callable[[list[int], list[int]], list[int]] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, config: Any) -> "Sampling":
@@ -78,17 +80,19 @@ def generate(
     cache = prompt_cache(model, input_ids, attention_mask)
     tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
     rows, budget = list(range(len(prompts))), sampling.max_new_tokens
+    width = input_ids.shape[1]
     while rows and budget:
         settings.max_new_tokens = budget
         sampler = TokenSampler(sampling, numbers[rows, -budget:])
         half_done = StopWhenHalfDone(settings.eos_token_id, input_ids)
+        watch = [Watch(sampling, rows, width, settings.eos_token_id)] if sampling.watch else []
         with replaced_generation_config(model, settings):
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([sampler]),
+                logits_processor=LogitsProcessorList([*watch, sampler]),
                 stopping_criteria=StoppingCriteriaList([] if cache is None else [half_done]),
             )
         new = output.sequences[:, input_ids.shape[1] :]
@@ -244,6 +248,23 @@ class TokenSampler(LogitsProcessor):
                 "the start."
             )
         return log_probs
+
+
+class Watch(LogitsProcessor):
+    """Shows each row's newest token to `sampling.watch`, and ends the rows that it names."""
+
+    def __init__(self, sampling: Sampling, rows: list[int], width: int, ends: list[int]) -> None:
+        self.watch, self.rows = sampling.watch, rows
+        self.width, self.end = width, ends[0]  # tokens of a prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) in, and out, where only the end token is left of rows that end."""
+        if input_ids.shape[1] > self.width:
+            named = self.watch(self.rows, input_ids[:, -1].tolist())
+            ended = [place for place, row in enumerate(self.rows) if row in named]
+            scores[ended] = -torch.inf
+            scores[ended, self.end] = 0.0
+        return scores
 
 
 def invert_cdf(weights: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
