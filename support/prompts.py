@@ -114,7 +114,8 @@ def tokens_of(prompts: list[str], tokenizer: Any) -> list[list[int]]:
     A chat template writes its own special tokens; a model without one gets those of its tokenizer.
     """
     tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    return [without_end(ids, prompt, tokenizer) for ids, prompt in zip(tokens, prompts, strict=True)]
+    pairs = zip(tokens, prompts, strict=True)
+    return [without_end(ids, prompt, tokenizer) for ids, prompt in pairs]
 
 
 def with_prompts(

@@ -102,9 +102,9 @@ class Gate:
         if origin is not None and origin.partition("://")[2] != host:
             raise Refused(403, "Pages of other sites may not ask this server.")
         given = headers.get(b"authorization", "").removeprefix("Bearer ").encode("latin-1")
-        if self.api_key and scope["path"] not in OPEN:
-            if not hmac.compare_digest(given, self.api_key.encode()):
-                raise Refused(401, "Send the key of this server: Authorization: Bearer KEY.")
+        right = not self.api_key or hmac.compare_digest(given, self.api_key.encode())
+        if not right and scope["path"] not in OPEN:
+            raise Refused(401, "Send the key of this server: Authorization: Bearer KEY.")
 
 
 async def read_body(scope: Message, receive: Receive) -> bytes | None:

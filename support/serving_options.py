@@ -33,6 +33,7 @@ class Options:
     port: int = 16020
     api_key: str = ""
     backend: str = ""
+    backend_model: str = ""
     mcp: str = "http"
     queue: int = 64
     timeout: float = 120.0
@@ -40,9 +41,10 @@ class Options:
     HELP: ClassVar[dict[str, str]] = {
         "host": "the address to listen on (default: 127.0.0.1, this machine alone)",
         "port": "the port to listen on (default: 16020, the tutorial's)",
-        "base": "the model to compare with, instead of the one the run started from; none: no other",
+        "base": "the model to compare with, not the one the run started from; none: no other",
         "api_key": "a key that requests must bear, needed with --host (or in SERVE_API_KEY)",
         "backend": "an OpenAI-compatible server that has the model, instead of loading it here",
+        "backend_model": "the name of the model at the backend (default: the first that it lists)",
         "mcp": "http: a tool at /mcp (default); stdio: a tool for the program that starts this one",
         "queue": "completions that may wait; more are refused (default: 64)",
         "timeout": "seconds that a request may take, waiting included (default: 120)",
@@ -67,6 +69,7 @@ def read_options(given: dict[str, Any]) -> Options:
         int(number(given["port"], "port", Options.port, 0, 65535)),
         key,
         (given["backend"] or "").rstrip("/").removesuffix("/v1"),
+        given["backend_model"] or "",
         given["mcp"] or "http",
         int(number(given["queue"], "queue", Options.queue, 1, 100_000)),
         number(given["timeout"], "timeout", Options.timeout, 1, 86_400, whole=False),
@@ -104,7 +107,7 @@ def bind(host: str, port: int) -> socket.socket:
         if found is not None:
             found.close()
         raise UserError(
-            f"Cannot listen on {host}, port {port} ({error.strerror or error}); is a server running "
-            "there? --port chooses another."
+            f"Cannot listen on {host}, port {port} ({error.strerror or error}); is a server "
+            "running there? --port chooses another."
         ) from error
     return found

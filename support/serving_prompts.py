@@ -12,11 +12,11 @@ CHARACTERS = 20  # for each token of the longest prompt; more is not even counte
 Chat = list[dict[str, str]]
 
 
-def prompt_of(chat: Chat, tokenizer: Any, config: Config) -> tuple[str, list[int]]:
-    """The prompt of a chat whose last message asks, as text and as tokens.
+def prompt_of(chat: Chat, tokenizer: Any, config: Config) -> tuple[str, list[int], Chat]:
+    """The prompt of a chat whose last message asks: as text, as tokens, and as a chat.
 
     The run's system prompt is in front of it, unless the chat brings one. For one question it is
-    the prompt of the training.
+    the prompt of the training. The chat is empty where the model has no chat template.
 
     Raises:
         Refused: blank, too long, or a chat that the model has no words for.
@@ -37,7 +37,7 @@ def prompt_of(chat: Chat, tokenizer: Any, config: Config) -> tuple[str, list[int
     if not all(is_text(message["content"]) for message in chat):
         raise Refused(400, "The question holds half of a character (a lone surrogate); mend it.")
     try:
-        prompt = chat_prompt(turns, system, tokenizer, config.prompt_date)
+        prompt, messages = chat_prompt(turns, system, tokenizer, config.prompt_date)
     except UserError as error:
         raise Refused(400, str(error)) from error
     ids = tokens_of([prompt], tokenizer)[0]
@@ -47,15 +47,19 @@ def prompt_of(chat: Chat, tokenizer: Any, config: Config) -> tuple[str, list[int
             f"The prompt has {len(ids)} tokens, and {config.max_prompt_tokens} at the most are "
             "read; ask a shorter question.",
         )
-    return prompt, ids
+    return prompt, ids, messages
 
 
-def chat_prompt(turns: Chat, system: str, tokenizer: Any, date: str) -> str:
-    """The text that an answer continues; UserError where the template has no place for the chat."""
-    if len(turns) == 1:
-        return build_prompt(turns[0]["content"], tokenizer, system, date)
+def chat_prompt(turns: Chat, system: str, tokenizer: Any, date: str) -> tuple[str, Chat]:
+    """The text that an answer continues, and its messages; as build_prompt, and for longer chats.
+
+    Raises:
+        UserError: where the template has no place for the chat.
+    """
     if not tokenizer.chat_template:
-        raise UserError("This model has no chat template; send one question alone.")
+        if len(turns) > 1:
+            raise UserError("This model has no chat template; send one question alone.")
+        return build_prompt(turns[0]["content"], tokenizer, system, date), []
     first = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}".strip()}
     for messages in ([*messages_of("", system)[:-1], *turns], [first, *turns[1:]]):
         try:
@@ -63,5 +67,5 @@ def chat_prompt(turns: Chat, system: str, tokenizer: Any, date: str) -> str:
         except Exception:  # a template raises what it likes
             continue
         if all(holds(prompt, message["content"]) for message in messages):
-            return prompt
+            return prompt, messages
     raise UserError("The model's chat template cannot write this chat; send one question alone.")

@@ -48,7 +48,7 @@ class Answer:
     """One completion, as clients see it."""
 
     text: str
-    tokens: int
+    ids: list[int]
     truncated: bool  # the budget was used up before an end token (or a stop text) came
 
 
@@ -62,12 +62,12 @@ class Job:
     model: str
     prompt: str
     prompt_ids: list[int]
+    messages: list[dict[str, str]]  # the prompt as a chat, where the model has a chat template
     sampling: Sampling
     seed: int
     count: int = 1
     stop: tuple[str, ...] = ()
     streams: bool = False  # pieces are wanted, not only the whole
-    messages: list[dict[str, str]] = field(default_factory=list)  # the prompt as a chat
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     loop: Any = field(default_factory=asyncio.get_running_loop)
     gone: bool = False  # nobody listens any more
@@ -178,9 +178,7 @@ class ModelQueue:
                 raise Refused(503, "The server is being stopped.")
             if count(self.waiting) + count(jobs) > self.limit:
                 retry = max(1, round(self.seconds * (1 + self.limit / self.batch_size)))
-                raise Refused(
-                    429, f"{self.limit} completions are waiting; try again later.", retry
-                )
+                raise Refused(429, f"{self.limit} completions are waiting; try again later.", retry)
             self.waiting += jobs
             self.changed.notify()
 
@@ -276,7 +274,7 @@ def finished(job: Job, found: list[tuple[Any, TextStream]]) -> Iterator[Answer]:
         piece = stream.finish(text)
         if piece and job.streams:
             job.tell(Piece(sample, piece))
-        yield Answer(text, len(completion.ids), completion.truncated and not stopped)
+        yield Answer(text, completion.ids, completion.truncated and not stopped)
 
 
 def prompts_of(job: Job) -> list[tuple[list[int], Any]]:
