@@ -65,9 +65,8 @@ def generate(
 ) -> list[tuple[list[int], list[float]]]:
     """New tokens for each prompt of a batch, and the log-probability of each (none if greedy).
 
-    A model on a server has a `generate` of its own. Here, after the first end token of a row stands
-    anything, and each turn of the loop goes on where the turn before stopped, with the rows that
-    have not ended.
+    A model on a server has one of its own. Here, anything may stand after a row's first end token;
+    each turn of the loop goes on where the turn before stopped, with the rows that have not ended.
 
     Args:
         batch: prompts, as token ids, with the seeds of their random numbers.
@@ -79,8 +78,7 @@ def generate(
     input_ids, attention_mask = pad_left(prompts, settings.pad_token_id, model.device)
     cache = prompt_cache(model, input_ids, attention_mask)
     tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
-    rows, budget = list(range(len(prompts))), sampling.max_new_tokens
-    width = input_ids.shape[1]
+    rows, budget, width = list(range(len(prompts))), sampling.max_new_tokens, input_ids.shape[1]
     while rows and budget:
         settings.max_new_tokens = budget
         sampler = TokenSampler(sampling, numbers[rows, -budget:])

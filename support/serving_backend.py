@@ -13,6 +13,7 @@ from typing import Any
 from support.errors import UserError
 from support.server import Server, reason_of
 from support.serving_queue import Answer, Job, Piece, Refused, count
+from support.serving_text import TextStream, cut
 
 CONNECT_SECONDS = 10.0
 
@@ -24,15 +25,17 @@ class Backend:
         url: of the server, without /v1. name: of the model there; "" for the first that it lists.
         limit: completions that are asked for at the same time.
     Raises:
-        UserError: there is no such server, or it lists no model.
+        UserError: no name is given, and there is no such server, or it lists no model.
     """
 
     def __init__(self, url: str, name: str, limit: int) -> None:
         self.url, self.name, self.limit = url, name, limit
         self.asking: dict[Job, asyncio.Task] = {}
+        if name:  # `transformers serve` lists what is on the hub, and fails where that is not there
+            return
         try:
             listed = Server(url, CONNECT_SECONDS).ask("/v1/models", again=False)["data"]
-            self.name = name or listed[0]["id"]
+            self.name = listed[0]["id"]
         except (UserError, LookupError, TypeError) as error:
             raise UserError(
                 f"--backend {url} is no OpenAI-compatible server that lists a model; start it "
@@ -89,15 +92,21 @@ class Backend:
 
     async def complete(self, job: Job, sample: int) -> Answer:
         """One completion, its pieces told as they come."""
-        text, reason, tokens = "", None, 0
+        text, reason, tokens, stream = "", None, 0, TextStream(str, [], job.stop)
         async for choice, usage in self.choices(job, sample):
             piece = (choice.get("delta") or choice).get("content", choice.get("text")) or ""
             text, tokens = text + piece, tokens + bool(piece)
             reason = choice.get("finish_reason") or reason
-            if piece and job.streams:
-                job.tell(Piece(sample, piece))
+            told = stream.grow(text)
+            if told and job.streams:
+                job.tell(Piece(sample, told))
             tokens = (usage or {}).get("completion_tokens", tokens)
-        return Answer(text, [0] * tokens, reason == "length")  # of its tokens only the number
+        text, stopped = cut(text, job.stop)  # `transformers serve` leaves the stop text in
+        rest = stream.finish(text)
+        if rest and job.streams:
+            job.tell(Piece(sample, rest))
+        truncated = reason == "length" and not stopped
+        return Answer(text, [0] * tokens, truncated)  # of its tokens only the number is known
 
     async def choices(self, job: Job, sample: int) -> AsyncIterator[tuple[dict, dict | None]]:
         """The parts of a streamed response, each with the usage that it brings."""
@@ -120,6 +129,7 @@ class Backend:
         """Path and body: the chat of the training, or its text where there is no chat template."""
         sampling = job.sampling
         body = {"model": self.name, "max_tokens": sampling.max_new_tokens, "stream": True}
+        body["stream_options"] = {"include_usage": True}
         body["temperature"] = float(sampling.temperature)
         body["seed"] = (job.seed + sample) % 2**31
         if sampling.top_p < 1:

@@ -21,7 +21,7 @@ from support.errors import UserError
 from support.generation import Sampling, end_tokens, with_seeds
 from support.serving_text import TextStream, cut
 
-GATHER = 0.004  # seconds that a batch waits for requests of clients that were answered just before
+GATHER_SHARE, GATHER_SECONDS = 0.1, 0.05  # of the last batch's time, and at most
 
 
 class Refused(Exception):
@@ -155,12 +155,13 @@ class ModelQueue:
         self.running: list[Job] = []
         self.changed = threading.Condition()
         self.stopped = False
-        self.seconds = 1.0  # that a batch has taken lately
+        self.took = 0.0  # seconds of the last batch
         self.thread = threading.Thread(target=self.work, name="model", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
-        self.thread.start()
+        """Begin to answer; once is enough."""
+        if not self.thread.is_alive():
+            self.thread.start()
 
     def stop(self) -> None:
         """Answer nobody any more; the thread ends after the token that it is at."""
@@ -177,7 +178,7 @@ class ModelQueue:
             if self.stopped:
                 raise Refused(503, "The server is being stopped.")
             if count(self.waiting) + count(jobs) > self.limit:
-                retry = max(1, round(self.seconds * (1 + self.limit / self.batch_size)))
+                retry = max(1, round(self.took * (1 + self.limit / self.batch_size)))
                 raise Refused(429, f"{self.limit} completions are waiting; try again later.", retry)
             self.waiting += jobs
             self.changed.notify()
@@ -190,16 +191,17 @@ class ModelQueue:
                 self.waiting.remove(job)
 
     def take(self) -> list[Job]:
-        """The next batch, once there is one: the oldest job, and those that are sampled alike."""
+        """The next batch, once there is one: the oldest job, and those that are sampled alike.
+
+        Clients that were just answered ask again in a moment. A short wait for as many as there
+        were keeps them in one batch, where they would fall apart into two that take turns.
+        """
         with self.changed:
-            again = bool(self.running)
+            expected = min(self.batch_size, count(self.running) + count(self.waiting))
             self.running = []
-            while not (self.waiting or self.stopped):
-                self.changed.wait()
-                again = False
-        if again:
-            time.sleep(GATHER)
-        with self.changed:
+            moment = min(GATHER_SECONDS, GATHER_SHARE * self.took)
+            self.changed.wait_for(lambda: self.stopped or count(self.waiting) >= expected, moment)
+            self.changed.wait_for(lambda: self.stopped or self.waiting)
             batch: list[Job] = []
             for job in list(self.waiting):
                 alike = not batch or (job.model, job.sampling) == (
@@ -222,7 +224,7 @@ class ModelQueue:
                     self.answer(batch)
             except Exception as error:
                 self.answer_alone(batch, error)
-            self.seconds = 0.5 * self.seconds + 0.5 * (time.monotonic() - start)
+            self.took = time.monotonic() - start
 
     def answer_alone(self, batch: list[Job], error: Exception) -> None:
         """After an error, each job by itself: it may be of one of them, or of the memory.

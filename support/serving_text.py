@@ -28,11 +28,13 @@ class TextStream:
             self.over = True
             return ""
         self.ids.append(token)
-        text, self.over = cut(self.decode(self.ids), self.stop)
-        if not self.over:
-            text = text.rstrip(UNFINISHED)
-            text = text[: len(text) - longest_start(text, self.stop)]
-        return self.advance(text)
+        return self.grow(self.decode(self.ids).rstrip(UNFINISHED))
+
+    def grow(self, text: str) -> str:
+        """The same, with the whole text so far."""
+        text, self.over = cut(text, self.stop)
+        held = 0 if self.over else longest_start(text, self.stop)
+        return self.advance(text[: len(text) - held])
 
     def finish(self, text: str) -> str:
         """What is left of the whole text."""
