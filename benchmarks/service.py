@@ -239,7 +239,8 @@ async def warm_up(server: Server, questions: list[str]) -> None:
 
 def measure(given: argparse.Namespace) -> None:
     """Every load, turn about, each row written when it is there."""
-    questions = [q.question for q in load_questions(str(ROOT / "tiny/task"), "test")][:32]
+    questions = [q.question for q in load_questions(str(ROOT / "tiny/task"), "test")]
+    questions = questions[: given.questions]
     every = servers(given)
     common = {
         "model": "bundled" if given.model == "tiny/model" else Path(given.model).name,
@@ -310,6 +311,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--turns", type=positive, default=1)
     parser.add_argument("--max_new_tokens", type=positive, default=48)
     parser.add_argument("--queue", type=positive, default=64)
+    parser.add_argument("--questions", type=positive, default=16, help="different ones")
     parser.add_argument("--port", type=positive, default=16030)
     parser.add_argument("--beside", action="store_true", help="transformers serve in turns")
     parser.add_argument("--write", action="store_true", help="measure nothing")

@@ -10,7 +10,7 @@ called again for the others.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Sampling:
     top_p: float = 1.0
     batch_size: int = 64  # sequences in one call of generate
     # Is told rows of the batch and their newest tokens, and names the rows that shall end there.
-    watch: Callable[[list[int], list[int]], list[int]] | None = field(default=None, compare=False)
+    watch: Callable[[list[int], list[int]], list[int]] | None = None
 
     @classmethod
     def of(cls, config: Any) -> "Sampling":

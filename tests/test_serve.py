@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -671,6 +672,47 @@ def test_options_that_cannot_be(monkeypatch):
     with bind("127.0.0.1", 0) as taken, pytest.raises(UserError, match="Cannot listen"):
         taken.listen()
         bind("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_killed_and_started_again_and_stopped():
+    """The command itself: a client of a killed server sees the end; the port is free at once; Ctrl-C ends with 130."""
+    command = [
+        sys.executable,
+        "serve.py",
+        "--preset=tiny",
+        "--base=none",
+        "--dataset=tiny/task",
+        "--device=cpu",
+    ]
+
+    def start(port):
+        process = subprocess.Popen(
+            [*command, f"--port={port}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return process, process.stdout.readline().split(" on ")[1].split("/ (")[0]
+
+    process, url = start(0)
+    body = {**ASKED, "stream": True, "n": 16, "temperature": 1.0}
+    with (
+        pytest.raises(httpx2.RemoteProtocolError),
+        httpx2.stream("POST", url + "/solve_question", json=body, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        assert "text" in next(lines)
+        process.kill()
+        list(lines)
+    process.communicate()
+    port = int(url.rsplit(":", 1)[1])
+    process, url = start(port)
+    assert post(url).status_code == 200
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "stopped\n"
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch, capsys):
