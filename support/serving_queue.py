@@ -177,6 +177,8 @@ class ModelQueue:
         with self.changed:
             if self.stopped:
                 raise Refused(503, "The server is being stopped.")
+            if count(jobs) > self.limit:
+                raise Refused(400, f"At most {self.limit} completions can be asked for at once.")
             if count(self.waiting) + count(jobs) > self.limit:
                 retry = max(1, round(self.took * (1 + self.limit / self.batch_size)))
                 raise Refused(429, f"{self.limit} completions are waiting; try again later.", retry)

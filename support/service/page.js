@@ -120,7 +120,7 @@ function finish(result) {
 }
 
 function render() {
-  document.documentElement.lang = state.lang;
+  document.documentElement.lang = state.lang === "zh" ? "zh-CN" : "en";
   for (const each of document.querySelectorAll("[data-word]")) each.textContent = t(each.dataset.word);
   $("language").textContent = t("other");
   $("name").textContent = data.name;
