@@ -74,6 +74,7 @@ class Browser:
         os.close(write)
         self.rest, self.number, self.session = b"", 0, None
         self.events: list[dict[str, Any]] = []
+        self.allowed = ("file:", "data:")  # what the page may request
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         found = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self.session = found["sessionId"]
@@ -106,10 +107,11 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, path: Path) -> None:
-        """Load a file, to its end."""
+    def open(self, place: Path | str) -> None:
+        """Load a file, or what is at an address, to its end."""
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        url = place.resolve().as_uri() if isinstance(place, Path) else place
+        self.call("Page.navigate", url=url)
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
             self.events.append(self.read())
 
@@ -155,7 +157,7 @@ class Browser:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def complaints(self) -> list[str]:
-        """Errors of the console, exceptions, dialogs, and requests for anything but the file."""
+        """Errors of the console, exceptions, dialogs, and requests that are not allowed."""
         said = []
         for event in self.events:
             method, found = event.get("method", ""), event.get("params", {})
@@ -163,7 +165,7 @@ class Browser:
             wrong |= method == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning")
             wrong |= method == "Log.entryAdded" and found["entry"]["level"] == "error"
             if method == "Network.requestWillBeSent":
-                wrong = not found["request"]["url"].startswith(("file:", "data:"))
+                wrong = not found["request"]["url"].startswith(self.allowed)
             said += [json.dumps(event)[:400]] if wrong else []
         return said
 

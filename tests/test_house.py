@@ -16,10 +16,11 @@ from support.config import OBJECTIVE_COLUMNS, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHM = ["train", "rollout", "reward", "loss", "replay_buffer"]
-COMMANDS = ["run", "evaluate", "sft", "merge", "check_data", "to_verl", "report"]
+COMMANDS = ["run", "evaluate", "sft", "merge", "check_data", "to_verl", "report", "serve"]
 TOP = {
     *(f"{name}.py" for name in (*ALGORITHM, *COMMANDS)), "objectives", "support", "tests", "docs", "tiny", "benchmarks",
-    "examples", "results", "README.md", "LICENSE", "Makefile", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "setup.py",
+    "examples", "results", "README.md", "LICENSE", "Makefile", "requirements.txt", "requirements-dev.txt", "requirements-serve.txt", "app",
+    "pyproject.toml", "setup.py",
     ".gitignore", ".ci",
 }  # fmt: skip
 CORE = [ROOT / f"{name}.py" for name in ALGORITHM]
