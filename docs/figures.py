@@ -113,12 +113,16 @@ def grid() -> str:
         padding = start - prompt
         row = ["·"] * padding + tokens + ["·"] * (width - padding - len(tokens))
         y = 48 + i * 112
-        cells(drawing, y, row, "sequences")
-        cells(drawing, y + 34, [str(int(v)) for v in batch.attention_mask[i]], "attention_mask")
-        cells(drawing, y + 68, [str(int(v)) for v in batch.action_mask[i]], "action_mask", start)
+        cells(drawing, y, row, f"sequences[{i}]")
+        cells(
+            drawing, y + 34, [str(int(v)) for v in batch.attention_mask[i]], f"attention_mask[{i}]"
+        )
+        cells(
+            drawing, y + 68, [str(int(v)) for v in batch.action_mask[i]], f"action_mask[{i}]", start
+        )
     y, first = 290, [f"y{SUBSCRIPTS[t + 1]}" for t in range(count - 1)] + ["■"]
-    cells(drawing, y, ["ℓ"] * count, "logits[t]", start - 1)
-    cells(drawing, y + 62, first, "sequences[t + 1]", start)
+    cells(drawing, y, ["ℓ"] * count, "logits[0, t]", start - 1)
+    cells(drawing, y + 62, first, "sequences[0, t + 1]", start)
     for i in range(start, width):
         drawing.arrow((LEFT + (i - 0.5) * CELL, y + 30), (LEFT + (i + 0.5) * CELL, y + 58))
     theirs = ["0"] * (start - 1) + ["1"] * count
