@@ -4,6 +4,7 @@
     python report.py runs/NAME
     python report.py runs/A runs/B        two runs beside each other
     python report.py runs/NAME --png curves.png
+    python report.py --objectives         one rollout under every objective, as objectives.html
 
 The page is one file that works without a network. Its numbers are those that train.py has kept in
 completions.jsonl and metrics.jsonl; nothing is computed again, and no model is loaded.
@@ -66,14 +67,10 @@ def is_paper(columns: dict[str, Any]) -> bool:
         return False
 
 
-def page_data(folders: list[Path], language: str) -> dict[str, Any]:
+def page_data(runs: list[dict[str, Any]], language: str) -> dict[str, Any]:
     """All that the page knows."""
-    runs = []
-    for folder in folders:
-        run = read_run(folder) | {"settings": settings_of(folder)}
-        for row in run["steps"]:
-            row["paper"] = is_paper(row["objective"])
-        runs.append(run)
+    for row in (row for run in runs for row in run["steps"]):
+        row["paper"] = is_paper(row["objective"])
     return {
         "lang": language,
         "runs": runs,
@@ -82,6 +79,16 @@ def page_data(folders: list[Path], language: str) -> dict[str, Any]:
         "places": {name: find_place(*where) for name, where in PLACES.items()},
         "surrogates": {n: first_line("objectives/equations.py", n) for n in SURROGATES},
     }
+
+
+def objectives_data(given: argparse.Namespace) -> dict[str, Any]:
+    """The same page, with objectives in the place of steps."""
+    if given.runs or given.png:
+        raise UserError("--objectives shows a rollout of its own; leave out RUN and --png.")
+    from objectives.report import kl_curves, steps
+
+    run = {"name": "", "metrics": [], "answers": [], "settings": {}}
+    return page_data([run | {"steps": steps(), "note": ""}], given.lang) | {"kl": kl_curves()}
 
 
 def write(path: Path, content: bytes) -> None:
@@ -103,26 +110,32 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder; two to compare")
     parser.add_argument("--output", metavar="FILE", help="the page; RUN/report.html if not given")
+    parser.add_argument("--objectives", action="store_true", help="one rollout under all of them")
     parser.add_argument("--png", metavar="FILE", help="the curves as a picture, too (matplotlib)")
     parser.add_argument("--lang", default="en", choices=LANGUAGES, help="language at the beginning")
     given = parser.parse_args(argv)
     if len(given.runs) > 2:
         raise UserError(f"{len(given.runs)} runs are given; the page compares two at the most.")
-    folders = [Path(name).expanduser() for name in given.runs] or [newest_run()]
-    data = page_data(folders, given.lang)
+    output = Path(given.output).expanduser() if given.output else None
+    if given.objectives:
+        data, output = objectives_data(given), output or Path("objectives.html")
+    else:
+        folders = [Path(name).expanduser() for name in given.runs] or [newest_run()]
+        runs = [read_run(folder) | {"settings": settings_of(folder)} for folder in folders]
+        data, output = page_data(runs, given.lang), output or folders[0] / "report.html"
     pictures = []
     if given.png is not None:
         from support.report_picture import draw
 
         pictures = [(Path(given.png).expanduser(), draw(data))]
-    output = Path(given.output).expanduser() if given.output else folders[0] / "report.html"
     html = page(data).encode()
     for path, content in [(output, html), *pictures]:
         write(path, content)
         print(f"written: {quoted(path)}, {len(content) / 1e6:.1f} MB")
     for run in data["runs"]:
-        said = [f"{len(run['steps'])} steps with tokens", *filter(None, [run["note"]])]
-        print(f"{run['name']}: {'; '.join(said)}")
+        what = "objectives" if given.objectives else "steps with tokens"
+        said = [f"{len(run['steps'])} {what}", *filter(None, [run["note"]])]
+        print(": ".join(filter(None, [run["name"], "; ".join(said)])))
 
 
 if __name__ == "__main__":

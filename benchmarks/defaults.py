@@ -186,6 +186,15 @@ def figures(groups: list[Any]) -> dict[str, Any]:
 OLD = ["--system_prompt", TUTORIAL_PROMPT, "--reward", "accuracy", "format"]
 OLD += ["--reward_weights", "1", "0.2"]
 BOTH = ["--reward", "accuracy", "format", "--reward_weights", "1", "0.2"]
+ASKED = ["--system_prompt", TUTORIAL_PROMPT]
+GATE = [
+    "--reward",
+    "accuracy",
+    "examples/rewards.py:format_if_right",
+    "--reward_weights",
+    "1",
+    "0.2",
+]
 TIERS = ["--reward", "tutorial", "--reward_weights", "1"]
 HOT = ["--lr", "1e-5", "--max_new_tokens", "96"]
 MANY = ["--train_batch_size", "4", "--micro_batch_size", "4"]
@@ -203,6 +212,14 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "many-steps": ("12 optimizer steps a rollout at lr 5e-6", [*MANY, "--lr", "5e-6"]),
     "lr-high": ("lr 1e-5", ["--lr", "1e-5"]),
     "kl": ("with a KL of weight 0.01", ["--kl_weight", "0.01"]),
+    "old-gate": (
+        "the old prompt; format is rewarded by 0.2, and only with a right answer",
+        [*ASKED, *GATE],
+    ),
+    "old-gdpo": (
+        "prompt and reward as they were, each reward compared for itself",
+        [*OLD, "--objective", "gdpo"],
+    ),
 }
 
 

@@ -30,6 +30,7 @@ from common import interval, machine, table, versions
 
 import report
 import train
+from objectives.table import OBJECTIVES
 from support.command_line import parse_config
 from support.errors import UserError, command
 from support.model import set_learning_rate
@@ -73,6 +74,7 @@ class Browser:
         os.close(write)
         self.rest, self.number, self.session = b"", 0, None
         self.events: list[dict[str, Any]] = []
+        self.allowed = ("file:", "data:")  # what the page may request
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         found = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self.session = found["sessionId"]
@@ -105,10 +107,11 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, path: Path) -> None:
-        """Load a file, to its end."""
+    def open(self, place: Path | str) -> None:
+        """Load a file, or what is at an address, to its end."""
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        url = place.resolve().as_uri() if isinstance(place, Path) else place
+        self.call("Page.navigate", url=url)
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
             self.events.append(self.read())
 
@@ -154,7 +157,7 @@ class Browser:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def complaints(self) -> list[str]:
-        """Errors of the console, exceptions, dialogs, and requests for anything but the file."""
+        """Errors of the console, exceptions, dialogs, and requests that are not allowed."""
         said = []
         for event in self.events:
             method, found = event.get("method", ""), event.get("params", {})
@@ -162,7 +165,7 @@ class Browser:
             wrong |= method == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning")
             wrong |= method == "Log.entryAdded" and found["entry"]["level"] == "error"
             if method == "Network.requestWillBeSent":
-                wrong = not found["request"]["url"].startswith(("file:", "data:"))
+                wrong = not found["request"]["url"].startswith(self.allowed)
             said += [json.dumps(event)[:400]] if wrong else []
         return said
 
@@ -257,6 +260,12 @@ def look(runs: list[Path], out: Path) -> None:
         detail = page.js("document.getElementById('detail').textContent")
         check("pointing at a token shows it", "π" in detail, done)
         page.picture(out / "report-desktop.png")
+        page.js("document.querySelector('.tok').click()")
+        pinned = page.js("document.getElementById('detail').textContent")
+        page.point(".completion:last-of-type .tok:last-child")
+        same = page.js("document.getElementById('detail').textContent") == pinned
+        check("a token that was clicked stays", same, done)
+        page.js("document.getElementById('close').click()")
         page.js("document.querySelector('.tok[tabindex=\"0\"]').focus()")
         page.key("ArrowRight")
         reached = page.js("document.activeElement.dataset.i")
@@ -284,9 +293,35 @@ def look(runs: list[Path], out: Path) -> None:
         check("hostile texts are shown", "window.hacked" in shown, done)
         check("no error with hostile texts", not page.complaints(), done)
         page.picture(out / "report-hostile.png")
+        objectives(page, make_page([], folder / "all.html", "--objectives"), out, done)
         size = path.stat().st_size / 1e6
         print(f"page {size:.2f} MB, open after {seconds:.1f} s, {tokens} tokens compared")
     print("\n".join(f"ok: {each}" for each in done))
+
+
+def objectives(page: Browser, path: Path, out: Path, done: list[str]) -> None:
+    """The page of all objectives: its map, its slider, its KL curves."""
+    page.size(1280, 860)
+    page.open(path)
+    page.picture(out / "objectives.png")
+    rows = page.js("document.querySelectorAll('#map .name').length")
+    check("the map has a row for each objective", rows == len(OBJECTIVES), done)
+    for number, name in enumerate(OBJECTIVES):
+        page.choose("slider", str(number), "input")
+        shown = page.js("document.getElementById('step-name').textContent")
+        check(f"the slider shows {name}", shown.startswith(f"{name} ("), done)
+    page.js("document.querySelector('#map .up').dispatchEvent(new MouseEvent('click'))")
+    detail = page.js("document.getElementById('detail').textContent")
+    check("a bar of the map shows its token", "log π" in detail, done)
+    page.js("document.getElementById('kl-part').scrollIntoView()")
+    page.picture(out / "objectives-kl.png")
+    page.size(390, 844, dark=True)
+    wide = page.js("document.documentElement.scrollWidth")
+    check(f"the same on a phone ({wide} of 390)", wide <= 390, done)
+    page.js("document.getElementById('language').click()")
+    page.js("scrollTo(0, 0)")
+    page.picture(out / "objectives-phone-zh.png")
+    check("no error on the page of objectives", not page.complaints(), done)
 
 
 def pictures(page: Browser, out: Path, done: list[str]) -> None:

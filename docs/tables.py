@@ -33,7 +33,7 @@ PAGES = (
     *(f"docs/{page}.md" for page in ("names", "objectives", "options", "reliability")),
 )
 ALGORITHM = ("train", "rollout", "reward", "loss", "replay_buffer")
-COMMANDS = ("run", "evaluate", "sft", "merge", "check_data", "to_verl", "report")
+COMMANDS = ("run", "evaluate", "sft", "merge", "check_data", "to_verl", "report", "serve")
 PROMPTS = {
     SYSTEM_PROMPT: "the two tags, and a worked example",
     SYSTEM_PROMPT_ZH: "the same in Chinese",

@@ -1,7 +1,9 @@
-"""Rewards to copy from: credit for the steps on the way, and a language model that is asked.
+"""Rewards to copy from: credit for steps on the way, form as a gate, a model that is asked.
 
     python train.py --preset tiny --reward accuracy examples/rewards.py:steps_on_the_way \
         --reward_weights 1 0.5
+    python train.py --preset tiny --reward accuracy examples/rewards.py:format_if_right \
+        --reward_weights 1 0.2
     JUDGE=FOLDER python train.py --reward accuracy examples/rewards.py:asked_judge \
         --reward_weights 1 0.5
 
@@ -16,6 +18,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reward import accuracy, well_formed
 
 STEP = re.compile(r"<<[^<>=]*=([^<>]*)>>")  # GSM8K's notes: 48/2 = <<48/2=24>>24
 RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")  # what stands behind a sign of equality
@@ -43,6 +47,16 @@ def steps_on_the_way(
             reached += 1
         scores.append(reached / max(len(wanted), len(found)) if wanted else None)
     return scores
+
+
+def format_if_right(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """1 for both tags in order, where the answer is right too: the empty form earns nothing.
+
+    `reference` and `truncated` are columns that train.py adds, so this one needs them in TRL too.
+    """
+    right = accuracy(prompts, completions, **columns)
+    form = well_formed(prompts, completions, **columns)
+    return [a * b for a, b in zip(right, form, strict=True)]
 
 
 def number(text: str) -> float:

@@ -154,11 +154,13 @@ def save_checkpoint(
     tokenizer: Any,
     config: Config,
     describe: Callable[[Path], None] = lambda folder: None,
+    keep: int | None = None,
 ) -> Path:
     """Write checkpoint-<step>, then delete older ones: the newest `keep_checkpoints` stay.
 
     Args:
         describe: writes what a reader of the folder should know into it.
+        keep: the step of one that stays, too.
     Raises:
         UserError: if it could not be written (a full disk), or if weights are not finite; the
             earlier ones are untouched.
@@ -193,10 +195,15 @@ def save_checkpoint(
             f"Cannot write {final} ({error}{room}, then go on with --resume {quoted(run_dir)}. "
             f"Checkpoints that are there: {kept}."
         ) from error
-    older = [p for p in checkpoints(run_dir) if step_of(p) <= state.step]
-    for old in older[: -config.keep_checkpoints]:
-        tolerantly(discard, old)
+    delete_older(run_dir, state.step, config.keep_checkpoints, keep)
     return final
+
+
+def delete_older(run_dir: Path, step: int, count: int, keep: int | None) -> None:
+    """Of the checkpoints up to `step`, leave the newest `count`, and that of the step `keep`."""
+    older = [p for p in checkpoints(run_dir) if step_of(p) <= step and step_of(p) != keep]
+    for old in older[:-count]:
+        tolerantly(discard, old)
 
 
 def write_sums(folder: Path) -> None:

@@ -334,6 +334,10 @@ class Config:
         at_least=0,
     )
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", at_least=1)
+    keep_best: bool = option(
+        False,
+        "keep the checkpoint with the best held-out accuracy too; it is saved when it is evaluated",
+    )
     log_completions: int = option(
         4,
         "samples that are kept each step, a group's best and worst, in turn: as pages in "
@@ -404,6 +408,11 @@ class Config:
                 f"--train_batch_size {self.train_batch_size} is larger than the "
                 f"{self.sequences_per_step} sequences of a rollout (rollouts_per_step × "
                 "group_size); make it smaller or sample more."
+            )
+        if self.keep_best and not self.eval_interval:
+            raise UserError(
+                "--keep_best compares evaluations, and there are none; give --eval_interval, or "
+                "leave it out."
             )
         if self.sequences_per_step > MOST_SEQUENCES:
             raise UserError(

@@ -8,7 +8,7 @@ called again for the others.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,8 @@ class Sampling:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     batch_size: int = 64  # sequences in one call of generate
+    # Is told rows of the batch and their newest tokens, and names the rows that shall end there.
+    watch: Callable[[list[int], list[int]], list[int]] | None = None
 
     @classmethod
     def of(cls, config: Any) -> "Sampling":
@@ -63,9 +65,8 @@ def generate(
 ) -> list[tuple[list[int], list[float]]]:
     """New tokens for each prompt of a batch, and the log-probability of each (none if greedy).
 
-    A model on a server has a `generate` of its own. Here, after the first end token of a row stands
-    anything, and each turn of the loop goes on where the turn before stopped, with the rows that
-    have not ended.
+    A model on a server has one of its own. Here, anything may stand after a row's first end token;
+    each turn of the loop goes on where the turn before stopped, with the rows that have not ended.
 
     Args:
         batch: prompts, as token ids, with the seeds of their random numbers.
@@ -77,18 +78,19 @@ def generate(
     input_ids, attention_mask = pad_left(prompts, settings.pad_token_id, model.device)
     cache = prompt_cache(model, input_ids, attention_mask)
     tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
-    rows, budget = list(range(len(prompts))), sampling.max_new_tokens
+    rows, budget, width = list(range(len(prompts))), sampling.max_new_tokens, input_ids.shape[1]
     while rows and budget:
         settings.max_new_tokens = budget
         sampler = TokenSampler(sampling, numbers[rows, -budget:])
         half_done = StopWhenHalfDone(settings.eos_token_id, input_ids)
+        watch = [Watch(sampling, rows, width, settings.eos_token_id)] if sampling.watch else []
         with replaced_generation_config(model, settings):
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([sampler]),
+                logits_processor=LogitsProcessorList([*watch, sampler]),
                 stopping_criteria=StoppingCriteriaList([] if cache is None else [half_done]),
             )
         new = output.sequences[:, input_ids.shape[1] :]
@@ -244,6 +246,23 @@ class TokenSampler(LogitsProcessor):
                 "the start."
             )
         return log_probs
+
+
+class Watch(LogitsProcessor):
+    """Shows each row's newest token to `sampling.watch`, and ends the rows that it names."""
+
+    def __init__(self, sampling: Sampling, rows: list[int], width: int, ends: list[int]) -> None:
+        self.watch, self.rows = sampling.watch, rows
+        self.width, self.end = width, ends[0]  # tokens of a prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) in, and out, where only the end token is left of rows that end."""
+        if input_ids.shape[1] > self.width:
+            named = self.watch(self.rows, input_ids[:, -1].tolist())
+            ended = [place for place, row in enumerate(self.rows) if row in named]
+            scores[ended] = -torch.inf
+            scores[ended, self.end] = 0.0
+        return scores
 
 
 def invert_cdf(weights: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,7 @@ class Monitor:
         # What the alarms remember: the last steps, and all evaluations before them.
         self.rows: deque[dict[str, float]] = deque()
         self.evaluated: list[dict[str, float]] = []
+        self.best: tuple[float, int] | None = None  # held-out accuracy, and the step that had it
 
     def open(self, run_dir: Path, start_step: int = 0) -> None:
         """Open the run's logs; what a resumed run had written after `start_step` is taken back."""
@@ -87,6 +88,7 @@ class Monitor:
         # A run that starts again from nothing evaluates at step 0 again.
         first = start_step + 1 if start_step else 0
         for row in keep_before(self.file, first):
+            self.compare(row["step"], row)
             self.remember(row)
         for events in sorted(run_dir.glob("events.out.tfevents.*")):
             keep_events_before(events, first)
@@ -165,6 +167,7 @@ class Monitor:
         self.sums.clear()
         if self.writer is None:
             return row
+        self.compare(step, row)
         new = self.watch(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
@@ -194,6 +197,12 @@ class Monitor:
         self.remember(row)
         return [name for name in on if f"alarm/{name}" not in lately]
 
+    def compare(self, step: int, row: dict[str, float]) -> None:
+        """Note the first step with the best held-out accuracy."""
+        accuracy = row.get("eval/accuracy")
+        if accuracy is not None and (self.best is None or accuracy > self.best[0]):
+            self.best = accuracy, step
+
     def remember(self, row: dict[str, float]) -> None:
         """Keep a step's metrics for the alarms; of a step long ago, its evaluation alone."""
         self.rows.append(row)
@@ -205,6 +214,7 @@ class Monitor:
     def forget_evaluations(self) -> None:
         """For the alarms: from here on other questions are asked."""
         self.evaluated.clear()
+        self.best = None
         for row in self.rows:
             for name in [name for name in row if name.startswith("eval/")]:
                 del row[name]

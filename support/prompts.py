@@ -105,13 +105,17 @@ def prompts_of(
     """The prompt of each question, as text and as tokens."""
     asked = config.system_prompt, config.prompt_date
     prompts = [build_prompt(question.question, tokenizer, *asked) for question in questions]
-    # A chat template writes its own special tokens; a model without one gets those of its
-    # tokenizer.
+    return prompts, tokens_of(prompts, tokenizer)
+
+
+def tokens_of(prompts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Prompts as tokens.
+
+    A chat template writes its own special tokens; a model without one gets those of its tokenizer.
+    """
     tokens = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    tokens = [
-        without_end(ids, prompt, tokenizer) for ids, prompt in zip(tokens, prompts, strict=True)
-    ]
-    return prompts, tokens
+    pairs = zip(tokens, prompts, strict=True)
+    return [without_end(ids, prompt, tokenizer) for ids, prompt in pairs]
 
 
 def with_prompts(

@@ -49,6 +49,7 @@ PLACES = {
     "other_advantage": ("objectives/equations.py", "normalize_rewards", "relative = "),
     "policy": ("loss.py", "GRPOLoss.policy_term", "return -torch.min"),
     "clipped": ("loss.py", "GRPOLoss.clipped_tokens", "too_high = "),
+    "clipped_low": ("loss.py", "GRPOLoss.clipped_tokens", "too_low = "),
     "kl": ("loss.py", "approx_kl_divergence", "return"),
     "other_kl": ("objectives/equations.py", "kl_divergence", "value = "),
     "weight": ("loss.py", "GRPOLoss.token_weights", "return"),

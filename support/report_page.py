@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ def as_json(data: dict[str, Any]) -> str:
     return text.translate(escape).encode("utf-8", "replace").decode()
 
 
-def page(data: dict[str, Any]) -> str:
-    """The whole file. Its policy lets only this script and this style in, and nothing be loaded."""
-    style, script = (PAGE.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+def page(
+    data: dict[str, Any],
+    folder: Path = PAGE,
+    styles: Sequence[Path] = (PAGE,),
+    connect: str = "'none'",
+) -> str:
+    """The whole file. Its policy lets only this script and this style in, and nothing be loaded.
+
+    Args:
+        folder: of template and script. styles: folders of styles, one after the other.
+        connect: what the script may ask.
+    """
+    style = "".join(place.joinpath("page.css").read_text("utf-8") for place in styles)
+    # Its words, if they are a file of their own, come first.
+    scripts = (folder / name for name in ("words.js", "page.js"))
+    script = "".join(path.read_text("utf-8") for path in scripts if path.is_file())
     parts = {"style": style, "script": script, "data": as_json(data)}
     style, script = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -27,7 +41,7 @@ def page(data: dict[str, Any]) -> str:
     )
     parts["policy"] = (
         f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
-    html = PAGE.joinpath("page.html").read_text("utf-8").replace("{{name}}", "A name in braces")
+    html = folder.joinpath("page.html").read_text("utf-8").replace("{{name}}", "A name in braces")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], html)

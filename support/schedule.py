@@ -190,11 +190,12 @@ def scheduled_steps(run: Any) -> Steps:
             yield step, seed_step(config.seed, step)
             monitor.add("time/step", time.perf_counter() - start)
             last, stuck = step == config.steps, 0 < config.max_skipped_steps <= run.skipped
-            if is_due(config.eval_interval, step, last):
+            if evaluated := is_due(config.eval_interval, step, last):
                 evaluate_finished(run, step)
             log(run, step)
             stop = in_any(interrupted()) or stuck
-            if is_due(config.checkpoint_interval, step, last or stop):
+            best = config.keep_best and evaluated and on_main(partial(best_step, run)) == step
+            if is_due(config.checkpoint_interval, step, last or stop) or best:
                 weights = partial(weight_sums, run.policy.model)
                 check_equal(f"their weights after step {step}", weights)
                 on_main(partial(save, run, step))
@@ -208,6 +209,22 @@ def scheduled_steps(run: Any) -> Steps:
             "with --precision fp32 where it is bf16."
         )
     say_goodbye(run.run_dir, step, config.steps)
+    if config.keep_best and is_main() and monitor.best is not None:
+        log_line(describe_best(run.run_dir, *monitor.best))
+
+
+def best_step(run: Any) -> int | None:
+    """The step with the best held-out accuracy, where its checkpoint is to be kept."""
+    return run.monitor.best[1] if run.config.keep_best and run.monitor.best else None
+
+
+def describe_best(run_dir: Path, accuracy: float, step: int) -> str:
+    """Where the best model of a run is."""
+    found = run_dir / f"{checkpoint.PREFIX}{step}"
+    where = "by the model before training"
+    if step:
+        where = f"by {found}" if found.is_dir() else f"at step {step}, which was not saved"
+    return f"best held-out accuracy: {accuracy:.3f}, {where}"
 
 
 def is_due(interval: int, step: int, last: bool) -> bool:
@@ -261,7 +278,9 @@ def save(run: Any, step: int) -> None:
     objective, newest = run.objective.describe(run.config).splitlines()[0], [{}, *evaluated][-1]
     describe = partial(write_card, config=run.config, step=step, objective=objective, row=newest)
     models = run.policy.model, run.tokenizer
-    checkpoint.save_checkpoint(run.run_dir, state, *models, run.config, describe)
+    checkpoint.save_checkpoint(
+        run.run_dir, state, *models, run.config, describe, keep=best_step(run)
+    )
 
 
 @contextmanager

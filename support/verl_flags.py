@@ -590,6 +590,9 @@ def of_evaluation(config: Config) -> dict[str, Entry]:
             "started again, run.sh goes on from verl's newest checkpoint",
         ),
         "keep_checkpoints": Entry({"trainer.max_actor_ckpt_to_keep": config.keep_checkpoints}),
+        "keep_best": Entry(
+            note="verl keeps the newest alone; keep all: max_actor_ckpt_to_keep=null"
+        ),
         "log_completions": Entry(note="trainer.rollout_data_dir=FOLDER writes all of them"),
     }
 

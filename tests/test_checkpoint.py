@@ -509,3 +509,52 @@ def test_a_disk_that_is_full_of_logs():
     assert code == 2 and "Traceback" not in said, said
     errors = [line for line in said.splitlines() if line.startswith("error: Cannot write")]
     assert len(errors) == 1
+
+
+def accuracies(monkeypatch, *values):
+    """Evaluations that find these, one after another."""
+    left = iter(values)
+
+    def evaluate(*arguments):
+        value = next(left)
+        found = {"eval/accuracy": value, "eval/accuracy_low": value, "eval/accuracy_high": value}
+        found |= {"eval/accuracy_flexible": value, "eval/completion_tokens": 5.0}
+        return {name: (number, 1) for name, number in found.items()}
+
+    monkeypatch.setattr("support.schedule.evaluate", evaluate)
+
+
+BEST = ["--keep_best=true", "--keep_checkpoints=1", "--eval_interval=1", "--rollouts_per_step=2", "--max_new_tokens=4"]  # fmt: skip
+
+
+def test_the_best_checkpoint_is_kept(tiny_run, monkeypatch, capsys):
+    """Saved when it is evaluated, kept beside the newest, replaced by a better one alone."""
+    accuracies(monkeypatch, 0.1, 0.5, 0.3, 0.5, 0.2)
+    folder = tiny_run("run", *BEST, "--steps=4", "--checkpoint_interval=4")
+    assert names(folder) == ["checkpoint-1", "checkpoint-4"], "the first of two equal ones"
+    assert f"best held-out accuracy: 0.500, by {folder}/checkpoint-1" in capsys.readouterr().out
+    accuracies(monkeypatch, 0.4, 0.6, 0.0)
+    tiny_run("run", f"--resume={folder}", "--steps=7")
+    assert names(folder) == ["checkpoint-6", "checkpoint-7"], "the resumed run knows the best"
+    assert f"0.600, by {folder}/checkpoint-6" in capsys.readouterr().out
+
+
+def test_the_best_alone_and_none_at_all(tiny_run, monkeypatch, capsys):
+    """With no other checkpoint; and where training has made it worse."""
+    accuracies(monkeypatch, 0.1, 0.2, 0.1)
+    folder = tiny_run("a", *BEST, "--steps=2", "--checkpoint_interval=0")
+    assert names(folder) == ["checkpoint-1"]
+    accuracies(monkeypatch, 0.9, 0.2, 0.1)
+    folder = tiny_run("b", *BEST, "--steps=2", "--checkpoint_interval=0")
+    assert names(folder) == []
+    assert "0.900, by the model before training" in capsys.readouterr().out
+
+
+def test_a_best_step_that_was_not_saved(tiny_run, monkeypatch, capsys):
+    """Asked for on resume, after the step that was best."""
+    accuracies(monkeypatch, 0.1, 0.5, 0.3)
+    folder = tiny_run("run", *BEST, "--keep_best=false", "--steps=2", "--checkpoint_interval=2")
+    accuracies(monkeypatch, 0.2)
+    tiny_run("run", f"--resume={folder}", "--steps=3", "--keep_best=true")
+    assert names(folder) == ["checkpoint-3"]
+    assert "0.500, at step 1, which was not saved" in capsys.readouterr().out

@@ -35,6 +35,13 @@ def test_thousands_and_decimals_on_the_way():
     assert reward(**given) == [1.0]
 
 
+def test_form_pays_with_a_right_answer_alone():
+    (reward,) = load_rewards([f"{REWARDS}:format_if_right"], {}).values()
+    texts = ["<think>1+1=2</think><answer>2</answer>", "<think> reasoning </think><answer>3</answer>", "<answer>2</answer>"]  # fmt: skip
+    given = {"prompts": [""] * 3, "completions": texts, "reference": ["2"] * 3}
+    assert reward(**given, truncated=[False] * 3) == [1.0, 0.0, 0.0]
+
+
 def test_a_run_with_credit_for_steps(tmp_path):
     """The column `answer` of the dataset reaches the function."""
     folder = tmp_path / "run"

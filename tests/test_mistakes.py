@@ -298,6 +298,7 @@ NUMBERS: list[Bad] = [
     ("--micro_batch_size=", "--micro_batch_size is ''; it must be a whole number or auto."),
     ("--epochs_per_step 0", "--epochs_per_step is 0; it must be 1 or more"),
     ("--keep_checkpoints 0", "--keep_checkpoints is 0; it must be 1 or more"),
+    ("--keep_best true --eval_interval 0", "--keep_best compares evaluations, and there are none"),
     ("--eval_interval -1", "--eval_interval is -1; it must be 0 or more"),
     ("--gradient_checkpointing maybe", "got maybe but expected one of yes/no, true/false"),
     ("--reward_weights a", "invalid float value: 'a'"),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +14,11 @@ import torch
 
 import report
 from loss import KL_LIMIT
-from objectives.table import CHOICES
+from objectives import participation
+from objectives import report as report_objectives
+from objectives.equations import build_loss
+from objectives.table import CHOICES, OBJECTIVES
+from replay_buffer import pad_batch
 from support import recording_file
 from support.alarms import ALARMS
 from support.recording import Recording
@@ -349,7 +354,7 @@ def test_hostile_completions_are_text(tmp_path):
 
 def test_the_script_cannot_make_elements_of_texts():
     """Nothing in it parses a text as HTML or as code, or loads anything."""
-    script = (PAGE / "page.js").read_text(encoding="utf-8")
+    script = "".join((PAGE / n).read_text(encoding="utf-8") for n in ("words.js", "page.js"))
     for word in (
         "innerHTML",
         "outerHTML",
@@ -373,14 +378,18 @@ def test_the_script_cannot_make_elements_of_texts():
 def test_both_languages_have_the_same_words():
     """And each word that script and template ask for is there."""
     script = (PAGE / "page.js").read_text(encoding="utf-8")
+    all_words = (PAGE / "words.js").read_text(encoding="utf-8")
     template = (PAGE / "page.html").read_text(encoding="utf-8")
-    english, chinese = script.split("\nen: {")[1].split("\nzh: {")
+    english, chinese = all_words.split("\nen: {")[1].split("\nzh: {")
     word = re.compile(r'[{,]\s*(\w+): (?=["`(\w{\[])')
     words, same = (set(word.findall("{" + part.split("\n},")[0])) for part in (english, chinese))
     assert len(words) > 80 and words == same
     used = set(re.findall(r'\bt\("(\w+)"', script))
     used |= set(re.findall(r'data-(?:word|label)="(\w+)"', template))
     assert used <= words, used - words
+    advice, meanings = all_words.split("\nalarms: {")[1].split("\nmeanings: {")
+    assert re.findall(r"^  (\w+):", advice, re.M) == list(ALARMS)
+    assert re.findall(r'^  "([\w/]+)":', meanings, re.M) == list(BANDS)
 
 
 def test_a_run_without_a_recording(tmp_path, capsys):
@@ -450,6 +459,8 @@ def test_the_page_of_a_real_run(tiny_run):
         (["{d}/run", "--outptu", "x"], "Unrecognized arguments: --outptu x."),
         (["{d}/run", "--output", "{d}/run/metrics.jsonl/x.html"], "Cannot write"),
         (["{d}/run", "--output", "{d}/run"], "Cannot write"),
+        (["{d}/run", "--objectives"], "--objectives shows a rollout of its own; leave out RUN"),
+        (["--objectives", "--png", "{d}/x.png"], "leave out RUN and --png"),
         ([], "There is no run in runs/"),
     ],
 )
@@ -476,3 +487,70 @@ def test_lines_and_bands_are_those_of_the_code():
         if band:
             when = next(a.when for a in ALARMS.values() if a.metric == name)
             assert all(f"{limit:g}" in when for limit in band if limit)
+
+
+# ----------------------------------------------------------------- one rollout under all objectives
+
+
+def whole_batch(objective):
+    """The frozen rollout in one micro-batch, as train.py's update makes it: gradients by place."""
+    saved, groups, experiences, now = report_objectives.frozen()
+    loss = build_loss(objective)
+    places = participation.trained_completions(groups, objective.mask_truncated)
+    advantages, _ = report_objectives.under(objective)
+    items = [replace(experiences[i], advantages=advantages.flatten()[i]) for i in places]
+    weights = loss.token_weights([e.num_actions for e in items], saved["max_new_tokens"])
+    batch = pad_batch(items)
+    log_probs = torch.full(batch.action_mask.shape, -1.0)
+    for row, i in enumerate(places):
+        log_probs[row, : len(now[i][0])] = now[i][0]
+    log_probs.requires_grad_()
+    loss(log_probs, batch, weights, batch.entropies)[0].backward()
+    return {i: log_probs.grad[row, : len(now[i][0])] for row, i in enumerate(places)}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_each_objective_does_is_what_its_loss_does(name):
+    """The gradients on the page are those of the whole batch; what is left out has none."""
+    objective = OBJECTIVES[name]
+    advantages, found = report_objectives.under(objective)
+    expected = whole_batch(objective)
+    assert found and found.keys() <= expected.keys()
+    for i, gradient in expected.items():
+        own = found[i]["gradient"] if i in found else [0.0] * len(gradient)
+        assert torch.allclose(torch.tensor(own), gradient, atol=1e-7, rtol=1e-4), (name, i)
+    assert sum(map(float, [g.abs().sum() for g in expected.values()])) > 1e-3
+
+
+def test_the_frozen_rollout_tells_objectives_apart():
+    """Its ratios are far from 1, some completions were cut off, and one group is all equal."""
+    _, groups, experiences, now = report_objectives.frozen()
+    ratios = torch.cat(
+        [(n - e.action_log_probs).exp() for (n, _), e in zip(now, experiences, strict=True)]
+    )
+    assert (ratios > 1.28).any() and (ratios < 0.8).any()
+    assert any(c.truncated for g in groups for c in g.completions)
+    rewards = [tuple(group.rewards[0].tolist()) for group in groups]
+    assert any(len(set(row)) == 1 for row in rewards) and any(sum(row) == 1 for row in rewards)
+    pushes = {}
+    for name, objective in OBJECTIVES.items():
+        _, found = report_objectives.under(objective)
+        pushes[name] = {
+            i: [f"{g:.4g}" for g in numbers["gradient"]] for i, numbers in found.items()
+        }
+    # The same update while all tokens of a sequence have one advantage, docs/objectives.md.
+    assert pushes.pop("gspo") == pushes["gspo_token"]
+    different = {json.dumps(rows) for rows in pushes.values()}
+    assert len(different) == len(pushes), "no two rows are the same picture"
+
+
+def test_the_page_of_objectives(tmp_path, capsys):
+    page_of("--objectives", "--output", tmp_path / "all.html", "--lang", "zh")
+    data = data_of((tmp_path / "all.html").read_text(encoding="utf-8"))
+    (found,) = data["runs"]
+    assert [row["name"] for row in found["steps"]] == list(OBJECTIVES)
+    assert [row["paper"] for row in found["steps"]] == [name == "grpo" for name in OBJECTIVES]
+    assert set(data["kl"]["curves"]) == {"k1", "abs", "k2", "k3"} and data["kl"]["tokens"]
+    k2 = data["kl"]["curves"]["k2"]
+    assert k2["gradient"] == pytest.approx(data["kl"]["d"], abs=1e-3), "the gradient of d²/2 is d"
+    assert "17 objectives" in capsys.readouterr().out

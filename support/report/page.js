@@ -4,85 +4,8 @@
 (() => {
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const MINUS = "\u2212";
 
-// ---------------------------------------------------------------------------- words of the page
-
-const WORDS = {
-en: {
-  title: "GRPO under the microscope:", skip: "to the steps", theme: "light / dark", other: "中文",
-  glance: "The run at a glance", step_head: "One step, down to the token", answers_head: "The same question before and after",
-  settings_head: "Settings", run: "Run", step: "Step", back: "step before", forward: "next step", search: "Search", close: "close",
-  chart_note: "Shaded: where a healthy run is. A triangle: an alarm begins. The dashed line is the step that is shown below; a click on a chart chooses it.",
-  healthy: "healthy", what: "what is it?", at: (s) => `at step ${s}`,
-  tint: "Colour", tint_push: "push on log π", tint_logit: "push on the token’s logit", tint_log: "log π", tint_ratio: "ratio", tint_kl: "KL", tint_entropy: "entropy",
-  token_head: "A token", choose: "Choose a token: point at it, touch it, or go to it with Tab and the arrow keys (Enter goes to its numbers, Escape comes back).",
-  no_recording: "This run has no recording of its completions (it was made with --log_completions 0, or by an older version), so there are only its curves.",
-  no_answers: "No held-out answers were recorded: the run was not evaluated, or made without a recording.",
-  thinned: (n) => `The recording keeps every ${n}th step, so that the file stays small.`,
-  shown_of: (a, b) => `${a} of ${b} groups are listed.`,
-  group: (n) => `Question ${n}`, reference: "right answer", rewards: "reward", advantage: "advantage", length: "tokens", completion: "completion", mean: "mean", std: "std",
-  idle: "All rewards are equal, so each advantage is 0 and the group teaches nothing" ,
-  idle_kl: "; only the KL to the reference acts on it", more_groups: (n) => `${n} more groups of this step`, more: (n) => `… and ${n} more`,
-  right: "right", wrong: "not right", cut: "cut off", copies: (n) => `sampled ${n} times alike`, update: (n) => `optimizer step ${n}`, updates: "trained in",
-  untrained: "Not trained: no optimizer step used it. Its advantage is 0 and there is no KL, or it was cut off and such completions are left out, or its records went beyond the limit of a step.",
-  strongest: "Strongest in this step:", up: "pushed up", down: "pushed down", not: "not pushed", clipped: "clipped", masked: "not trained (policy_mask)",
-  clips: "Clipped in this step:", clip_at: (text, n, u) => `${text}${n > 1 ? ` and ${n - 1} more` : ""}, optimizer step ${u}`, no_clips: "none of the tokens that are shown",
-  intro: "New to GRPO? How to read this page", intro_text: ["The model answers each question several times: a group of completions. Each gets a reward. Its advantage says how much better its reward is than the mean of its group: positive for the better answers, negative for the worse ones, 0 for all where the rewards are equal.", "Then every token of a better answer is pushed up (made likelier), every token of a worse one down. The push on a token is its weight in the mean (1 / number of tokens) × the advantage × the ratio.", "The ratio is the token’s probability now, divided by that when it was sampled. It is 1 in the first optimizer step after sampling. Later ones clip it: a token that has already moved far in the direction of its push gets none.", "The KL pulls each token back towards the model that the training began with."],
-  alike: (n) => `, and ${n} more alike`,
-  same_push: "While the ratio is 1, all tokens of a completion have the same push on log π: GRPO does not know which of them made the answer right. How far a token can follow depends on its probability: choose “push on the token’s logit” as the colour.",
-  legend: (m) => `green, solid line: made likelier; red, dashed line: made less likely; struck through: clipped. Strongest: ${m}`, legend_other: (a, b) => `darker is more: from ${a} to ${b}`,
-  prob: "How likely was the token?", old: "… when it was sampled", same_old: "the same: with one optimizer step for each rollout, the policy that is trained is the one that sampled",
-  ratio: "Ratio, new to old", ratio_seq: "Ratio of the whole completion, new to old", adv: "Advantage of the completion", policy: "Policy term (to be minimized)", slope: "Its slope at log π",
-  clip_high: (e) => `r is above 1 + ${e} and A is positive: likelier than the clip rewards, so no gradient`, clip_low: (e) => `r is below 1 ${MINUS} ${e} and A is negative: less likely than the clip punishes, so no gradient`, no_slope: "no gradient: this token is clipped or left out",
-  whole_kl: "this KL is over the whole vocabulary; its gradient goes to all logits, and is not part of the push on log π", whole_entropy: "the entropy bonus has a gradient too; it goes to all logits, and is not part of the push on log π",
-  kl: "KL to the reference", kl_slope: "its slope", weight: "Weight of each token in the loss", weight_mean: (n, t) => `1 / (${n} completions × ${t} tokens)`,
-  push: "Push on log π = minus the gradient of the loss", exact: "the gradient as the backward pass gave it", logit: "Push on the token’s own logit", logit_why: "near 0 where π is near 1: such a token has nowhere to go",
-  entropy: "Entropy of the distribution", nats: "nats", sampler: "The sampler’s log π", token_of: (i, n) => `token ${i} of ${n}`,
-  likelier: "Pushed up: this update makes the token likelier.", unlikelier: "Pushed down: this update makes the token less likely.", still: "Not pushed: this update does nothing at this token.",
-  question: "Question", hits: (n) => `${n} found`, in_question: "question",
-  ev_acc: (a, b) => `Held-out accuracy: ${a} → ${b}`, rose: "risen by more than its 95 % intervals", fell: "fallen by more than its 95 % intervals", unclear: "the intervals overlap: no difference that can be told from chance",
-  alarms_none: "No alarm has sounded.", alarms_some: (n) => `Alarms that have sounded: ${n}`, alarm_steps: (a, b) => a === b ? `at step ${a}` : `steps ${a} to ${b}`,
-  inside: "Within the healthy band at the end", outside: "OUTSIDE the healthy band at the end", setting: "option", value: "value",
-  charts: { "eval/accuracy": "held-out accuracy, greedy, 95 % interval", "rollout/returns": "reward of the samples", "rollout/success_rate": "share of right samples", "rollout/completion_tokens": "tokens in a completion", "train/kl_divergence": "KL to the reference, nats", "train/clipped_share": "share of clipped tokens", "rollout/no_spread_share": "share of groups without spread", "train/ratio_mean": "mean ratio, new to old", "train/entropy": "entropy, nats", "train/grad_norm": "gradient norm" },
-},
-zh: {
-  title: "显微镜下的 GRPO：", skip: "跳到训练步", theme: "浅色 / 深色", other: "English",
-  glance: "训练概览", step_head: "一个训练步，细到每个词元", answers_head: "同一道题：训练前与训练后",
-  settings_head: "设置", run: "训练", step: "步", back: "上一步", forward: "下一步", search: "搜索", close: "关闭",
-  chart_note: "阴影：健康的范围。三角：警报开始。虚线是下面显示的那一步；点击曲线可以选择。",
-  healthy: "健康范围", what: "这是什么？", at: (s) => `第 ${s} 步`,
-  tint: "颜色", tint_push: "对 log π 的推力", tint_logit: "对该词元 logit 的推力", tint_log: "log π", tint_ratio: "比率", tint_kl: "KL", tint_entropy: "熵",
-  token_head: "词元", choose: "请选择一个词元：用鼠标指向、触摸，或用 Tab 键和方向键（Enter 进入它的数字，Escape 返回）。",
-  no_recording: "这次训练没有保存回答的记录（--log_completions 0，或旧版本），因此只有曲线。",
-  no_answers: "没有保存测试题的回答：没有做过评测，或没有记录。",
-  thinned: (n) => `为了限制文件大小，记录每 ${n} 步保留一步。`,
-  shown_of: (a, b) => `共 ${b} 组，这里列出 ${a} 组。`,
-  group: (n) => `问题 ${n}`, reference: "正确答案", rewards: "奖励", advantage: "优势", length: "词元数", completion: "回答", mean: "均值", std: "标准差",
-  idle: "奖励全部相同，优势都为 0，这一组什么也教不了", idle_kl: "；只有与参考模型的 KL 起作用", more_groups: (n) => `这一步的其余 ${n} 组`, more: (n) => `……还有 ${n} 个`,
-  right: "正确", wrong: "不正确", cut: "被截断", copies: (n) => `相同的回答采样到 ${n} 次`, update: (n) => `第 ${n} 次优化`, updates: "用于",
-  untrained: "没有参与训练：优势为 0 且没有 KL；或因被截断而不训练；或记录超出每步的上限。",
-  strongest: "这一步中最强的：", up: "被推高", down: "被压低", not: "不变", clipped: "被裁剪", masked: "不训练（policy_mask）",
-  clips: "这一步中被裁剪的：", clip_at: (text, n, u) => `${text}${n > 1 ? ` 及另外 ${n - 1} 个` : ""}，第 ${u} 次优化`, no_clips: "所显示的词元都没有被裁剪",
-  intro: "第一次接触 GRPO？怎样读这一页", intro_text: ["模型对每个问题回答若干次，这些回答组成一组。每个回答得到一个奖励。优势表示它的奖励比本组的均值好多少：较好的回答为正，较差的为负；奖励全部相同时都为 0。", "然后，较好回答的每个词元都被推高（更可能出现），较差回答的每个词元都被压低。一个词元受到的推力 = 它在平均中的权重（1 / 词元数）× 优势 × 比率。", "比率是词元现在的概率除以采样时的概率。采样后的第一次优化时它等于 1。之后的优化会裁剪它：已经沿推力方向移动太远的词元不再受推。", "KL 把每个词元拉回训练开始时的模型。"],
-  alike: (n) => `，另有 ${n} 个相同`,
-  same_push: "比率为 1 时，一个回答的所有词元对 log π 的推力都相同：GRPO 并不知道是哪个词元使答案正确。词元能移动多少取决于它的概率：请把颜色换成“对该词元 logit 的推力”。",
-  legend: (m) => `绿色实线：概率变大；红色虚线：概率变小；删除线：被裁剪。最强：${m}`, legend_other: (a, b) => `颜色越深越大：${a} 到 ${b}`,
-  prob: "这个词元的概率有多大？", old: "……采样时", same_old: "相同：每次采样只做一次优化，被训练的策略就是采样的策略",
-  ratio: "新旧概率之比", ratio_seq: "整个回答的新旧概率之比", adv: "回答的优势", policy: "策略项（要最小化）", slope: "它对 log π 的导数",
-  clip_high: (e) => `r 大于 1 + ${e} 且 A 为正：已超过裁剪范围，没有梯度`, clip_low: (e) => `r 小于 1 ${MINUS} ${e} 且 A 为负：已超过裁剪范围，没有梯度`, no_slope: "没有梯度：该词元被裁剪或不参与训练",
-  whole_kl: "这个 KL 在整个词表上计算，它的梯度作用于所有 logit，不在对 log π 的推力之内", whole_entropy: "熵奖励也有梯度，它作用于所有 logit，不在对 log π 的推力之内",
-  kl: "与参考模型的 KL", kl_slope: "它的导数", weight: "每个词元在损失中的权重", weight_mean: (n, t) => `1 / (${n} 个回答 × ${t} 个词元)`,
-  push: "对 log π 的推力 = 损失梯度的相反数", exact: "反向传播给出的梯度", logit: "对该词元自身 logit 的推力", logit_why: "π 接近 1 时接近 0：已无处可去",
-  entropy: "分布的熵", nats: "奈特", sampler: "采样器的 log π", token_of: (i, n) => `第 ${i} 个词元，共 ${n} 个`,
-  likelier: "这次更新使该词元更可能出现。", unlikelier: "这次更新使该词元更不可能出现。", still: "这次更新不改变该词元。",
-  question: "问题", hits: (n) => `找到 ${n} 处`, in_question: "问题",
-  ev_acc: (a, b) => `测试准确率：${a} → ${b}`, rose: "上升，超出 95 % 区间", fell: "下降，超出 95 % 区间", unclear: "区间重叠，不能排除偶然",
-  alarms_none: "没有出现警报。", alarms_some: (n) => `出现过的警报：${n}`, alarm_steps: (a, b) => a === b ? `第 ${a} 步` : `第 ${a} 到 ${b} 步`,
-  inside: "结束时在健康范围内", outside: "结束时不在健康范围内", setting: "选项", value: "值",
-  charts: { "eval/accuracy": "测试准确率（贪心），95 % 区间", "rollout/returns": "采样的奖励", "rollout/success_rate": "采样正确的比例", "rollout/completion_tokens": "回答的词元数", "train/kl_divergence": "与参考模型的 KL（奈特）", "train/clipped_share": "被裁剪词元的比例", "rollout/no_spread_share": "奖励全同的组的比例", "train/ratio_mean": "新旧概率比的均值", "train/entropy": "熵（奈特）", "train/grad_norm": "梯度范数" },
-},
-};
+if (data.kl) for (const words of Object.values(WORDS)) Object.assign(words, words.of_objectives);
 const state = { lang: data.lang, run: 0, step: 0, tint: "push", token: null, sides: null };
 const t = (key, ...values) => { const word = WORDS[state.lang][key]; return values.length ? word(...values) : word; };
 
@@ -124,6 +47,7 @@ function deviation(values) {
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u00a0\u00ad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]|[\u{e0000}-\u{e007f}]/gu;
 const visible = (text) => String(text).replace(HIDDEN, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 const named = (text) => `“${visible(text).replaceAll("\n", "⏎").replace(/^ +$/, (x) => "␣".repeat(x.length))}”`;
+const advice = (name) => (state.lang === "zh" ? ZH : data).alarms[name];
 const run = () => data.runs[state.run];
 const row = () => run().steps[state.step];
 const place = (key) => {
@@ -156,17 +80,18 @@ function glance() {
       const change = b["eval/accuracy_low"] > a["eval/accuracy_high"] ? "rose" : b["eval/accuracy_high"] < a["eval/accuracy_low"] ? "fell" : "unclear";
       lines.push(`${prefix}${t("ev_acc", text(a), text(b))}: ${t(change)}`);
     }
-    const places = { inside: [], outside: [] };
+    const places = { outside: [], inside: [] };
     for (const chart of data.charts.filter((c) => c.band)) {
       const x = each.metrics.findLast((m) => Number.isFinite(m[chart.name]))?.[chart.name];
       if (x === undefined) continue;
       const good = x >= chart.band[0] && x <= chart.band[1];
-      places[good ? "inside" : "outside"].push(`${t("charts")[chart.name]} ${num(x, 3)} (${num(chart.band[0])}–${num(chart.band[1])})`);
+      const first = each.metrics.find((m) => Number.isFinite(m[chart.name]) && (m[chart.name] < chart.band[0] || m[chart.name] > chart.band[1]));
+      places[good ? "inside" : "outside"].push(`${t("charts")[chart.name]} ${num(x, 3)} (${num(chart.band[0])}–${num(chart.band[1])}${first ? t("since", first.step) : ""})`);
     }
     for (const [where, found] of Object.entries(places)) if (found.length) lines.push(`${prefix}${t(where)}: ${found.join("; ")}`);
     const found = alarmsOf(each.metrics);
-    lines.push(prefix + (found.length ? t("alarms_some", found.length) : t("alarms_none")));
-    for (const one of found) alarms.push(h("p", { className: "alarm" }, h("b", {}, `▲ ${prefix}${one.name}, ${t("alarm_steps", one.first, one.last)}: `), h("span", { lang: "en" }, data.alarms[one.name])));
+    lines.push(prefix + (found.length ? `${t("alarms_some", found.length)}. ${t("later")}` : t("alarms_none")));
+    for (const one of found) alarms.push(h("p", { className: "alarm" }, h("b", {}, `▲ ${prefix}${one.name}, ${t("alarm_steps", one.first, one.last)}: `), h("span", {}, advice(one.name))));
     if (each.note) lines.push(prefix + each.note);
   });
   $("verdict").replaceChildren(...lines.map((line) => h("li", {}, line)));
@@ -174,7 +99,7 @@ function glance() {
   $("charts").replaceChildren(...data.charts.map(figure).filter(Boolean));
   $("intro").replaceChildren(h("summary", {}, t("intro")), ...t("intro_text").map((text) => h("p", {}, text)));
 }
-const W = 300, H = 110, LEFT = 34, BOTTOM = 14;
+const W = 300, H = 110, LEFT = 42, BOTTOM = 14;
 /** One metric over the steps, of each run: band, interval, line, alarms; or null without values. */
 function figure(chart) {
   const series = data.runs.map((each) => each.metrics.filter((m) => Number.isFinite(m[chart.name])));
@@ -184,7 +109,7 @@ function figure(chart) {
   const values = every.flatMap((m) => [m[chart.name], m[chart.low] ?? m[chart.name], m[chart.high] ?? m[chart.name]]);
   let low = Math.min(...values), high = Math.max(...values);
   if (chart.band) { low = Math.min(low, chart.band[0]); high = Math.max(high, Math.min(chart.band[1], 2 * high - low)); }
-  if (low === high) { low -= 0.5; high += 0.5; }
+  if (low === high) { high += 1; }
   const x = (step) => LEFT + (W - LEFT - 6) * step / last, y = (v) => 8 + (H - BOTTOM - 8) * (high - v) / (high - low);
   const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, "aria-hidden": "true" });
   if (chart.band) {
@@ -202,7 +127,7 @@ function figure(chart) {
     svg.append(s("polyline", { class: `run${r}`, points: rows.map((m) => `${x(m.step)},${y(m[chart.name])}`).join(" ") }));
     if (rows.length < 30) for (const m of rows) svg.append(s("circle", { class: `dot run${r}`, cx: x(m.step), cy: y(m[chart.name]), r: 2 }));
     for (const one of alarmsOf(data.runs[r].metrics)) if (chart.alarms.includes(one.name)) {
-      svg.append(s("path", { class: "mark", d: `M${x(one.first) - 5},0 h10 l-5,9 z` }, s("title", {}, `${one.name}: ${data.alarms[one.name]}`)));
+      svg.append(s("path", { class: "mark", d: `M${x(one.first) - 5},0 h10 l-5,9 z` }, s("title", {}, `${one.name}: ${advice(one.name)}`)));
     }
   });
   const now = row()?.step;
@@ -219,7 +144,7 @@ function figure(chart) {
     return h("div", {}, data.runs.length > 1 ? h("span", { className: r ? "key second" : "key" }, `${data.runs[r].name}: `) : null, words);
   });
   const band = chart.band ? h("div", {}, `${t("healthy")}: ${num(chart.band[0])}–${num(chart.band[1])}`) : null;
-  const about = h("details", {}, h("summary", {}, t("what")), h("span", { lang: "en" }, `${chart.name}: ${data.meanings[chart.name]}`));
+  const about = h("details", {}, h("summary", {}, t("what")), h("span", {}, `${chart.name}: ${(state.lang === "zh" ? ZH : data).meanings[chart.name]}`));
   return h("figure", { "data-chart": chart.name }, svg, h("figcaption", {}, h("b", {}, t("charts")[chart.name]), said, band, about));
 }
 
@@ -237,6 +162,8 @@ const TINTS = {
   entropy: (u, i) => u.entropies[i],
 };
 const SIGNED = ["push", "logit", "ratio"]; // of these the sign is a colour
+/** Whether there is anything to colour by: a KL, a policy that is not the one that sampled. */
+const hasTint = (name) => !["kl", "ratio"].includes(name) || run().steps.some((each) => each.completions.some((c) => c.updates?.some((u) => u[name === "kl" ? "kl" : "old"])));
 const temperature = () => Number(run().settings.temperature ?? 1);
 const updateOf = (c) => c.updates?.[c.chosen ?? 0];
 /** Every token of the step by the number that colours it, the largest first. */
@@ -279,15 +206,17 @@ function explain(c, u, i) {
   let why = null;
   if (isMasked) why = t("masked");
   else if (isClipped) why = o.surrogate !== "clip" ? t("no_slope") : A > 0 ? t("clip_high", num(high)) : t("clip_low", num(low));
+  else if (o.surrogate === "clip" && ((A < 0 && r > 1 + high) || (A > 0 && r < 1 - low))) why = t("against");
   const simple = o.surrogate === "clip" && Math.abs(slope + r * A) <= 1e-4 * Math.abs(slope) && !whole;
-  add(t("slope"), simple && slope !== 0 ? `${MINUS}r A = ${MINUS}${num(r)} × ${inside(A)} = ${num(slope)}` : num(slope), isClipped ? "clipped" : null, why);
+  add(t("slope"), simple && slope !== 0 ? `${MINUS}r A = ${MINUS}${num(r)} × ${inside(A)} = ${num(slope)}` : num(slope), isClipped ? (A < 0 && o.surrogate === "clip" && r < 1 ? "clipped_low" : "clipped") : null, why);
   let klSlope = null;
   if (u.kl) {
     const ref = u.reference?.[i];
     if (u.gradient && o.kl_estimator !== "full") klSlope = (u.gradient[i] / u.weight - slope) / o.kl_weight;
     if (o.kl_estimator === "k3" && ref !== undefined) {
-      klSlope = u.kl[i] >= 10 ? 0 : 1 - Math.exp(ref - now); // loss.py's KL_LIMIT
-      add(t("kl"), `k3 = π_ref/π ${MINUS} log(π_ref/π) ${MINUS} 1 = ${num(Math.exp(ref - now))} ${MINUS} ${inside(ref - now)} ${MINUS} 1 = ${num(u.kl[i])}`, "kl", `log π_ref = ${num(ref)};  ${t("kl_slope")}: 1 ${MINUS} π_ref/π = ${num(klSlope)}`);
+      const far = u.kl[i] >= 10, value = Math.exp(ref - now) - (ref - now) - 1; // loss.py's KL_LIMIT
+      klSlope = far ? 0 : 1 - Math.exp(ref - now);
+      add(t("kl"), `k3 = π_ref/π ${MINUS} log(π_ref/π) ${MINUS} 1 = ${num(Math.exp(ref - now))} ${MINUS} ${inside(ref - now)} ${MINUS} 1 = ${num(far ? value : u.kl[i])}`, "kl", `log π_ref = ${num(ref)}${far ? "" : `;  ${t("kl_slope")}: 1 ${MINUS} π_ref/π = ${num(klSlope)}`}`, far ? t("kl_limit") : null);
     } else if (o.kl_estimator === "full") add(t("kl"), num(u.kl[i]), null, t("whole_kl"));
     else add(t("kl"), `${o.kl_estimator} = ${num(u.kl[i])}`, "other_kl", ref === undefined ? null : `log π_ref = ${num(ref)}`);
   }
@@ -296,6 +225,7 @@ function explain(c, u, i) {
   add(t("weight"), `w = ${mean ? `${t("weight_mean", Math.round(count), length)} = ` : ""}${num(u.weight)}`, paper ? "weight" : "other_weight");
   const p = push(u, i), sum = klSlope === null ? inside(slope) : `(${num(slope)} + ${num(o.kl_weight)} × ${inside(klSlope)})`;
   add(t("push"), `${MINUS}w × ${sum} = ${signed(p)}`, "gradient", u.gradient ? t("exact") : null);
+  lines.unshift(...lines.splice(-2)); // what a reader came for, first
   const q = Math.exp(now), heat = temperature();
   add(t("logit"), `${signed(p)} × (1 ${MINUS} ${num(q)})${heat === 1 ? "" : ` / ${num(heat)}`} = ${signed(TINTS.logit(u, i))}`, null, t("logit_why"));
   add(t("entropy"), `${num(u.entropies[i])} ${t("nats")}`, "entropy", o.entropy_weight > 0 ? t("whole_entropy") : null);
@@ -327,11 +257,12 @@ function showToken(k, i, focus = false) {
   $("token").classList.remove("empty");
   $("detail").replaceChildren(
     h("p", { className: "text big" }, named(c.tokens[i]), " ", h("span", { className: "note" }, t("token_of", i + 1, c.tokens.length))),
-    h("p", { className: p > 0 ? "goes-up" : p < 0 ? "goes-down" : "" }, t(verdict), u.clipped.includes(i) ? ` (${t("clipped")})` : ""),
+    h("p", { className: p > 0 ? "goes-up" : p < 0 ? "goes-down" : "" }, !u.clipped.includes(i) ? t(verdict) : p ? t("clipped_kl", p > 0) : t("clipped_still")),
     h("dl", {}, explain(c, u, i)));
 }
 function noToken() {
   state.token = null;
+  state.pinned = false;
   for (const old of document.querySelectorAll(".tok[aria-pressed=true]")) old.setAttribute("aria-pressed", "false");
   $("token").classList.add("empty");
   $("detail").replaceChildren(h("p", { className: "note" }, t("choose")));
@@ -349,18 +280,19 @@ function showStep() {
   $("slider").max = steps.length - 1;
   $("slider").value = state.step;
   const now = row();
-  $("slider").setAttribute("aria-valuetext", `${t("step")} ${now.step}`);
-  $("step-name").textContent = `${now.step} / ${steps.at(-1).step}`;
-  $("step-note").textContent = [now.every > 1 ? t("thinned", now.every) : "", now.groups.length < now.all ? t("shown_of", now.groups.length, now.all) : "", now.completions.some((c) => updateOf(c) && samePush(updateOf(c))) ? t("same_push") : ""].join(" ").trim();
+  $("slider").setAttribute("aria-valuetext", now.name ?? `${t("step")} ${now.step}`);
+  $("step-name").textContent = now.name ? `${now.name} (${now.step} / ${steps.length})` : `${now.step} / ${steps.at(-1).step}`;
+  $("step-note").textContent = [now.name ? t("differs", now.differs) : "", now.name ? "" : sizes(), now.every > 1 ? t("thinned", now.every) : "", now.groups.length < now.all ? t("shown_of", now.groups.length, now.all) : "", !now.name && state.tint === "push" && now.completions.every((c) => !updateOf(c) || samePush(updateOf(c))) ? t("same_push") : ""].join(" ").trim();
   const order = ordered(), largest = Math.max(1e-30, ...order.map((each) => Math.abs(each.value))), bySign = SIGNED.includes(state.tint);
-  if (order.length) $("legend").replaceChildren(h("span", {}, bySign ? t("legend", num(state.tint === "ratio" ? Math.exp(largest) : largest)) : t("legend_other", num(order.at(-1).value), num(order[0].value))));
+  if (order.length) $("legend").replaceChildren(h("span", {}, bySign ? state.tint === "ratio" ? t("legend_ratio", factor(order.at(-1).value), factor(order[0].value)) : t("legend", num(largest)) : t("legend_other", num(order.at(-1).value), num(order[0].value))));
   if (order.length && bySign) {
-    const ends = [...strongest(order.filter((x) => x.value > 0)), ...strongest(order.filter((x) => x.value < 0).reverse())];
-    $("strongest").replaceChildren(h("span", {}, t("strongest"), " "), ...ends.map(({ k, i, value, alike }) => h("button", { type: "button", onclick: () => { showToken(k, i, true); } }, `${value > 0 ? "▲" : "▼"} ${named(now.completions[k].tokens[i])} ${signed(value)}${alike > 1 ? t("alike", alike - 1) : ""}`)));
+    const ends = [...strongest(order.filter((x) => x.value >= 0.01 * largest)), ...strongest(order.filter((x) => x.value <= -0.01 * largest).reverse())];
+    const sampled = now.groups.reduce((sum, g) => sum + g.all, 0);
+    if (ends.length) $("strongest").replaceChildren(h("span", {}, t("strongest", now.completions.length, sampled), " "), ...ends.map(({ k, i, value, alike }) => h("button", { type: "button", onclick: () => { showToken(k, i, true); } }, `${value > 0 ? "▲" : "▼"} ${named(now.completions[k].tokens[i])} ${state.tint === "ratio" ? factor(value) : signed(value)}${alike > 1 ? t("alike", alike - 1) : ""}${t("of_question", now.completions[k].group + 1)}`)));
   }
   const clips = now.completions.flatMap((c, k) => (c.updates ?? []).map((u, n) => ({ c, k, u, n }))).filter(({ u }) => u.clipped.length);
   if (now.completions.some((c) => (c.updates ?? []).some((u) => u.old))) {
-    const buttons = clips.slice(0, 6).map(({ c, k, u, n }) => h("button", { type: "button", onclick: () => { c.chosen = n; showStep(); showToken(k, u.clipped[0], true); } }, t("clip_at", named(c.tokens[u.clipped[0]]), u.clipped.length, u.update)));
+    const buttons = clips.slice(0, 6).map(({ c, k, u, n }) => h("button", { type: "button", onclick: () => { c.chosen = n; showStep(); showToken(k, u.clipped[0], true); } }, t("clip_at", named(c.tokens[u.clipped[0]]), u.clipped.length, u.update, c.group + 1)));
     $("strongest").append(h("div", {}, h("span", {}, t("clips"), " "), ...(buttons.length ? buttons : [h("span", { className: "note" }, t("no_clips"))])));
   }
   const withTokens = now.groups.filter((g) => now.completions.some((c) => c.group === g.group)), rest = now.groups.filter((g) => !withTokens.includes(g));
@@ -368,6 +300,13 @@ function showStep() {
   const parts = withTokens.map((g) => groupOf(g, largest));
   if (rest.length) parts.push(h("details", {}, h("summary", {}, t("more_groups", rest.length)), rest.map((g) => groupOf(g, largest))));
   $("groups").replaceChildren(...parts);
+}
+/** A change of a probability, of its logarithm: ×2.5, ÷4. */
+const factor = (x) => (x < 0 ? `÷${num(Math.exp(-x))}` : `×${num(Math.exp(x))}`);
+/** What a step of this run consists of. */
+function sizes() {
+  const o = run().settings, all = o.rollouts_per_step * o.group_size, each = Math.min(o.train_batch_size, all);
+  return each > 0 ? t("sizes", o.rollouts_per_step, o.group_size, Math.ceil(all / each) * (o.epochs_per_step ?? 1), each) : "";
 }
 /** Whether all tokens of a completion are pushed alike. */
 function samePush(u) {
@@ -407,7 +346,12 @@ function completionOf(group, c, k, largest) {
     event.preventDefault();
     showToken(k, Math.max(0, Math.min(c.tokens.length - 1, Number(at) + step)), true);
   });
-  return h("section", { className: "completion" }, h("b", {}, facts.join(" · ")), " ", buttons, tokens, u ? null : h("p", { className: "note" }, t("untrained")));
+  return h("section", { className: "completion" }, h("b", {}, facts.join(" · ")), " ", buttons, tokens, u ? null : h("p", { className: "note" }, t(whyNot(group, c))));
+}
+/** Why a completion was not trained, as far as the page can know. */
+function whyNot(group, c) {
+  const o = row().objective, kl = o.kl_weight > 0 && !o.kl_in_reward;
+  return group.advantages[c.index] === 0 && !kl && !o.entropy_weight ? "untrained_zero" : "untrained";
 }
 function tokenOf(c, u, k, i, text, largest) {
   const shown = visible(text).replaceAll("\n", "⏎\n") || (u ? "·" : "");
@@ -420,13 +364,14 @@ function tokenOf(c, u, k, i, text, largest) {
   const colour = !by ? "--other" : value > 0 ? "--up" : "--down", strength = Math.min(1, Math.abs(value) / largest);
   if (value) element.style.backgroundColor = `rgb(var(${colour}) / ${(0.06 + 0.5 * strength).toFixed(3)})`;
   element.addEventListener("focus", () => { if (state.token?.k !== k || state.token?.i !== i) showToken(k, i); });
-  element.addEventListener("click", () => showToken(k, i));
+  element.addEventListener("click", () => { showToken(k, i); state.pinned = true; });
   return element;
 }
 function goTo(step) {
   state.step = Math.max(0, Math.min(run().steps.length - 1, step));
   showStep();
   $("charts").replaceChildren(...data.charts.map(figure).filter(Boolean));
+  if (data.kl) showObjectives();
 }
 function search() {
   const wanted = $("search").value.trim().toLowerCase(), hits = [];
@@ -450,7 +395,8 @@ function showAnswers() {
   const questions = [...new Set(all.flatMap(({ row }) => row.answers.map((a) => a.question)))];
   const lastOf = (r) => all.findLastIndex((each) => each.r === r);
   const both = data.runs.length > 1 && lastOf(0) >= 0 && lastOf(1) >= 0;
-  state.sides ??= { question: 0, left: both ? lastOf(0) : 0, right: all.length - 1 };
+  const changed = questions.findIndex((q) => new Set(all.flatMap(({ row }) => row.answers.filter((a) => a.question === q).map((a) => a.right))).size > 1);
+  state.sides ??= { question: Math.max(0, changed), left: both ? lastOf(0) : 0, right: all.length - 1 };
   const select = (name, options) => {
     const element = h("select", { "aria-label": name === "question" ? t("question") : t("step"), onchange: () => { state.sides[name] = Number(element.value); showAnswers(); } }, options.map((text, i) => h("option", { value: i, selected: i === state.sides[name] }, text)));
     return element;
@@ -466,22 +412,76 @@ function showAnswers() {
 }
 function showSettings() {
   const names = [...new Set(data.runs.flatMap((each) => Object.keys(each.settings)))];
-  $("settings").replaceChildren(h("details", {}, h("summary", {}, t("settings_head")), h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, t("setting")), data.runs.map((each) => h("th", {}, each.name)))), h("tbody", {}, names.map((name) => h("tr", {}, h("th", { scope: "row" }, name), data.runs.map((each) => h("td", {}, visible(JSON.stringify(each.settings[name]) ?? "–")))))))));
+  $("settings").replaceChildren(h("details", {}, h("summary", {}, t("show")), h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, t("setting")), data.runs.map((each) => h("th", {}, each.name)))), h("tbody", {}, names.map((name) => h("tr", {}, h("th", { scope: "row" }, name), data.runs.map((each) => h("td", {}, visible(JSON.stringify(each.settings[name] ?? each.steps[0]?.objective[name]) ?? "–")))))))));
+}
+
+// ------------------------------------------------------------- one rollout under all objectives
+
+/** The map, one row for each objective; and the KL estimators. */
+function showObjectives() {
+  for (const id of ["glance-part", "answers-part", "settings-part"]) $(id).hidden = true;
+  for (const id of ["map-part", "kl-part"]) $(id).hidden = false;
+  const steps = run().steps, left = 200, high = 34, bar = 3, places = [];
+  let x = left;
+  steps[0].completions.forEach((c, k) => {
+    x += k && c.group !== steps[0].completions[k - 1].group ? 18 : 6;
+    places.push(x);
+    x += bar * c.tokens.length;
+  });
+  const svg = s("svg", { viewBox: `0 0 ${x + 4} ${high * steps.length}`, width: x + 4, "aria-hidden": "true" });
+  steps.forEach((each, row) => {
+    const middle = high * row + high / 2, pushes = each.completions.map((c) => (c.updates ? c.updates[0].log_probs.map((_, i) => push(c.updates[0], i)) : []));
+    const largest = Math.max(1e-30, ...pushes.flat().map(Math.abs));
+    if (row === state.step) svg.append(s("rect", { class: "band", x: 0, y: middle - high / 2, width: x + 4, height: high }));
+    svg.append(s("text", { class: "name", x: 4, y: middle + 4 }, each.name));
+    each.completions.forEach((c, k) => {
+      if (c.updates) svg.append(s("line", { class: "axis", x1: places[k], x2: places[k] + bar * c.tokens.length, y1: middle, y2: middle }));
+      pushes[k].forEach((p, i) => {
+        const size = Math.abs(p) / largest * (high / 2 - 2), at = { x: places[k] + bar * i, width: bar - 0.5 };
+        const mark = c.updates[0].clipped.includes(i) ? s("circle", { class: "clip", cx: at.x + bar / 2, cy: middle, r: 2 }) : s("rect", { class: p > 0 ? "up" : "down", y: p > 0 ? middle - size : middle, height: size, ...at });
+        mark.append(s("title", {}, `${each.name}: ${named(c.tokens[i])} ${signed(p)}`));
+        mark.addEventListener("click", (event) => { event.stopPropagation(); goTo(row); showToken(k, i, true); });
+        svg.append(mark);
+      });
+    });
+    const whole = s("rect", { class: "hit", x: 0, y: middle - high / 2, width: left, height: high });
+    whole.addEventListener("click", () => goTo(row));
+    svg.append(whole);
+  });
+  $("map").replaceChildren(svg);
+  $("kl").replaceChildren(curves("values", t("kl_value")), curves("gradient", t("kl_gradient")), data.kl.beyond ? h("p", { className: "note" }, t("kl_beyond", data.kl.beyond)) : "");
+}
+/** The four estimators over d = log π - log π_ref. */
+function curves(kind, title) {
+  const { d, tokens } = data.kl, names = Object.keys(data.kl.curves), top = kind === "values" ? 4 : 2, bottom = kind === "values" ? -2 : -4;
+  const x = (v) => 34 + (v - d[0]) / (d.at(-1) - d[0]) * 360, y = (v) => 10 + (top - v) / (top - bottom) * 200;
+  const svg = s("svg", { viewBox: "0 0 410 240", "aria-hidden": "true" });
+  for (const v of [bottom, 0, top]) svg.append(s("line", { class: "axis", x1: 34, x2: 394, y1: y(v), y2: y(v) }), s("text", { x: 30, y: y(v) + 3, "text-anchor": "end" }, num(v)));
+  svg.append(s("line", { class: "axis", x1: x(0), x2: x(0), y1: 10, y2: 210 }));
+  for (const v of [d[0], 0, d.at(-1)]) svg.append(s("text", { x: x(v), y: 232, "text-anchor": "middle" }, num(v)));
+  names.forEach((name, n) => {
+    const seen = d.map((v, i) => [v, data.kl.curves[name][kind][i]]).filter(([, v]) => v <= top && v >= bottom);
+    svg.append(s("polyline", { class: `estimator e${n}`, points: seen.map(([a, b]) => `${x(a)},${y(b)}`).join(" ") }));
+  });
+  for (const v of tokens) svg.append(s("line", { class: "now", x1: x(v), x2: x(v), y1: 214, y2: 221 }));
+  const legend = names.map((name, n) => h("span", { className: "curve" }, s("svg", { viewBox: "0 0 26 8", "aria-hidden": "true" }, s("line", { class: `estimator e${n}`, x1: 0, x2: 26, y1: 4, y2: 4 })), ` ${name}`));
+  return h("figure", { "data-chart": kind }, svg, h("figcaption", {}, h("b", {}, title), h("div", {}, t("kl_axis")), legend));
 }
 
 // --------------------------------------------------------------------------------- all of it
 
 function render() {
   document.documentElement.lang = state.lang === "zh" ? "zh-CN" : "en";
-  document.title = `${data.runs.map((each) => each.name).join(", ")} · pocket-grpo`;
+  document.title = `${data.runs.map((each) => each.name).join(", ") || t("title")} · pocket-grpo`;
   for (const element of document.querySelectorAll("[data-word]")) element.textContent = t(element.dataset.word);
   for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", t(element.dataset.label));
   $("language").textContent = t("other");
   $("names").textContent = data.runs.map((each) => each.name).join(" · ");
   $("run-choice").hidden = data.runs.length < 2;
   $("run").replaceChildren(...data.runs.map((each, i) => h("option", { value: i, selected: i === state.run }, each.name)));
-  $("tint").replaceChildren(...Object.keys(TINTS).map((name) => h("option", { value: name, selected: name === state.tint }, t(`tint_${name}`))));
+  $("tint").replaceChildren(...Object.keys(TINTS).filter(hasTint).map((name) => h("option", { value: name, selected: name === state.tint }, t(`tint_${name}`))));
   glance(); showStep(); showAnswers(); showSettings();
+  if (data.kl) showObjectives();
 }
 $("language").onclick = () => { state.lang = state.lang === "zh" ? "en" : "zh"; render(); };
 $("theme").onclick = () => {
@@ -495,6 +495,8 @@ $("forward").onclick = () => goTo(state.step + 1);
 $("tint").onchange = () => { state.tint = $("tint").value; showStep(); };
 $("search").oninput = search;
 $("close").onclick = noToken;
+// In a notebook the page stands in a frame, where the link would lead to the notebook.
+document.querySelector(".skip").onclick = (event) => { event.preventDefault(); $("step-part").focus(); };
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   const chosen = $("token").contains(document.activeElement) && document.querySelector(".tok[aria-pressed=true]");
@@ -506,7 +508,7 @@ let mouse = "";
 document.addEventListener("mousemove", (event) => {
   const before = mouse, token = event.target.closest?.(".tok");
   mouse = `${event.clientX} ${event.clientY}`;
-  if (!token || mouse === before) return;
+  if (!token || mouse === before || state.pinned) return;
   const k = Number(token.dataset.k), i = Number(token.dataset.i);
   if (state.token?.k !== k || state.token?.i !== i) showToken(k, i);
 });
