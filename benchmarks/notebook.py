@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         folder = Path(work)
         if args.clone:
             source = notebook.cells[1].source
-            notebook.cells[1].source = source.replace(ADDRESS, f"{ADDRESS[:-2]}{str(ROOT)!r}")
+            notebook.cells[1].source = source.replace(ADDRESS, f"{ADDRESS[:-2]}{ROOT.as_uri()!r}")
         else:
             copy_checkout(folder)
         start = time.perf_counter()
