@@ -66,7 +66,8 @@ def solve_jobs(service: Service, asked: Any) -> list[Job]:
     names = ["trained", "base"] if asked.model == "both" else [asked.model]
     sampling = Sampling(asked.max_new_tokens or most, asked.temperature)
     chat = [{"role": "user", "content": asked.question}]
-    settings = {"sampling": sampling, "seed": asked.seed, "count": asked.n}
+    seed = secrets.randbits(48) if asked.seed is None else asked.seed  # the same for both models
+    settings = {"sampling": sampling, "seed": seed, "count": asked.n}
     return [service.job(name, chat, streams=asked.stream, **settings) for name in names]
 
 
