@@ -789,3 +789,14 @@ def test_run_sh_says_what_is_true(tmp_path):
         (tmp_path / "app" / "serve.pid").write_text(f"{other.pid}\nMon Jan 1 00:00:00 2024\n")
         assert "not running" in run("stop")[1] and other.poll() is None
         other.communicate(b"\n")
+
+
+def test_both_models_have_the_seed_that_is_told(url):
+    """So that the seed of a response brings all of its answers again."""
+    body = {**ASKED, "model": "both", "temperature": 5.0}
+    first = post(url, body=body).json()
+    again = post(url, body={**body, "seed": first["seed"]}).json()
+    texts, same = (
+        [row["assistant_response"] for row in found["answers"]] for found in (first, again)
+    )
+    assert texts == same
