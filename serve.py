@@ -45,7 +45,7 @@ from support.serving_events import (
     usage,
 )
 from support.serving_gate import Gate, patient_protocol
-from support.serving_options import Options, bind, check_packages, read_options
+from support.serving_options import Options, bind, check_packages, listen, read_options
 from support.serving_page import page
 from support.serving_queue import Answer, Job, ModelQueue, Piece, Refused
 
@@ -327,7 +327,7 @@ async def serve_http(service: Service, socket: Any) -> None:
         server_header=False,
         timeout_graceful_shutdown=2,
     )
-    socket.listen(512)
+    listen(socket)
     host, port = socket.getsockname()[:2]
     print(f"serving {service.name} on http://{host}:{port}/ (Ctrl-C stops)", flush=True)
     await uvicorn.Server(settings).serve(sockets=[socket])
