@@ -45,7 +45,7 @@ from support.serving_events import (
     usage,
 )
 from support.serving_gate import Gate, patient_protocol
-from support.serving_options import Options, bind, check_packages, read_options
+from support.serving_options import Options, bind, check_packages, listen, read_options
 from support.serving_page import page
 from support.serving_queue import Answer, Job, ModelQueue, Piece, Refused
 
@@ -66,7 +66,8 @@ def solve_jobs(service: Service, asked: Any) -> list[Job]:
     names = ["trained", "base"] if asked.model == "both" else [asked.model]
     sampling = Sampling(asked.max_new_tokens or most, asked.temperature)
     chat = [{"role": "user", "content": asked.question}]
-    settings = {"sampling": sampling, "seed": asked.seed, "count": asked.n}
+    seed = secrets.randbits(48) if asked.seed is None else asked.seed  # the same for both models
+    settings = {"sampling": sampling, "seed": seed, "count": asked.n}
     return [service.job(name, chat, streams=asked.stream, **settings) for name in names]
 
 
@@ -326,7 +327,7 @@ async def serve_http(service: Service, socket: Any) -> None:
         server_header=False,
         timeout_graceful_shutdown=2,
     )
-    socket.listen(512)
+    listen(socket)
     host, port = socket.getsockname()[:2]
     print(f"serving {service.name} on http://{host}:{port}/ (Ctrl-C stops)", flush=True)
     await uvicorn.Server(settings).serve(sockets=[socket])

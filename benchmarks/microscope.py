@@ -13,6 +13,7 @@ package is needed for it.
 import argparse
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from common import interval, machine, table, versions
 
 import report
 import train
+from objectives.report import steps
 from objectives.table import OBJECTIVES
 from support.command_line import parse_config
 from support.errors import UserError, command
@@ -294,6 +297,7 @@ def look(runs: list[Path], out: Path) -> None:
         check("no error with hostile texts", not page.complaints(), done)
         page.picture(out / "report-hostile.png")
         objectives(page, make_page([], folder / "all.html", "--objectives"), out, done)
+        sentences(page, folder, done)
         size = path.stat().st_size / 1e6
         print(f"page {size:.2f} MB, open after {seconds:.1f} s, {tokens} tokens compared")
     print("\n".join(f"ok: {each}" for each in done))
@@ -322,6 +326,53 @@ def objectives(page: Browser, path: Path, out: Path, done: list[str]) -> None:
     page.js("scrollTo(0, 0)")
     page.picture(out / "objectives-phone-zh.png")
     check("no error on the page of objectives", not page.complaints(), done)
+
+
+def sentences(page: Browser, folder: Path, done: list[str]) -> None:
+    """What the page says of a group and of a clipped token is so, under every objective.
+
+    With one more, that has a dual clip.
+    """
+    OBJECTIVES["dual clip"] = replace(OBJECTIVES["grpo"], clip_ratio_c=1.3)
+    try:
+        page.open(make_page([], folder / "dual.html", "--objectives"))
+        rows = steps()
+    finally:
+        del OBJECTIVES["dual clip"]
+    said: set[str] = set()
+    for number, row in enumerate(rows):
+        page.choose("slider", str(number), "input")
+        text = page.js("document.getElementById('groups').textContent")
+        idle = [g["returns"] for g in row["groups"] if not any(g["advantages"])]
+        equal = sum(len({*returns}) == 1 for returns in idle)
+        found = [text.count(words) for words in ("All rewards are equal", "under this objective")]
+        good = found == [equal, len(idle) - equal]
+        check(f"{row['name']}: what is said of groups without advantages", good, done)
+        if row["objective"]["surrogate"] == "clip" and row["objective"]["ratio_level"] == "token":
+            said |= clip_reasons(page, row)
+    check("all reasons of a clip are seen, and are so", len(said) == 3, done)
+
+
+def clip_reasons(page: Browser, row: dict[str, Any]) -> set[str]:
+    """Why tokens are clipped, as the page says it; UserError where it is not so."""
+    o, said = row["objective"], set()
+    high, low = 1 + (o["clip_eps_high"] or o["clip_eps"]), 1 - o["clip_eps"]
+    for k, completion in enumerate(row["completions"]):
+        for u in completion.get("updates", []):
+            good = row["groups"][completion["group"]]["advantages"][completion["index"]] > 0
+            for i in u["clipped"]:
+                page.js(f'document.querySelector(\'.tok[data-k="{k}"][data-i="{i}"]\').click()')
+                text = page.js("document.getElementById('detail').textContent")
+                ratio = math.exp(u["log_probs"][i] - u["old"][i])
+                reasons = {
+                    "A is positive": good and ratio > high,
+                    "less likely than": not good and ratio < low,
+                    "the dual clip": not good and ratio > (o["clip_ratio_c"] or math.inf),
+                }
+                if [words in text for words in reasons] != [*reasons.values()]:
+                    raise UserError(f"{row['name']}, r = {ratio:.3g}: the page says {text}")
+                said |= {words for words, so in reasons.items() if so}
+    return said
 
 
 def pictures(page: Browser, out: Path, done: list[str]) -> None:

@@ -20,6 +20,8 @@ Metrics = dict[str, tuple[Number, Number]]  # name: (sum, count)
 
 EXAMPLE = re.compile(r"<(\w+)>(.*?)</\1>", re.DOTALL)  # <think> reasoning </think>
 
+OTHER_QUESTIONS = "eval/other_questions"
+
 GLOSSARY = {
     "train/loss": (
         "The loss. With the paper's mean over sequences and one optimizer step per rollout it is "
@@ -121,6 +123,10 @@ GLOSSARY = {
     "eval/accuracy_flexible": "The same, but without a tag the last number counts.",
     "eval/completion_tokens": "Mean length of the greedy completions.",
     "eval/truncated_share": "Share of the greedy completions cut off by max_new_tokens.",
+    OTHER_QUESTIONS: (
+        "1 in the step from which on other held-out questions were asked (changed on resume): "
+        "accuracies before and after it cannot be compared."
+    ),
     "eval/sampled_accuracy": "Share of the sampled completions that are right, strict: pass@1.",
     "eval/pass_at_k": (
         "Share of held-out questions with at least one right answer in eval_samples samples."

@@ -28,6 +28,7 @@ from support.errors import UserError, silence
 from support.files import write_whole
 from support.metrics import (
     GLOSSARY,
+    OTHER_QUESTIONS,
     REWARD_MEANING,
     SOMETIMES,
     Metrics,
@@ -88,6 +89,8 @@ class Monitor:
         # A run that starts again from nothing evaluates at step 0 again.
         first = start_step + 1 if start_step else 0
         for row in keep_before(self.file, first):
+            if OTHER_QUESTIONS in row:
+                self.forget_evaluations()
             self.compare(row["step"], row)
             self.remember(row)
         for events in sorted(run_dir.glob("events.out.tfevents.*")):
@@ -212,7 +215,7 @@ class Monitor:
             self.evaluated += [held_out] if held_out else []
 
     def forget_evaluations(self) -> None:
-        """For the alarms: from here on other questions are asked."""
+        """For the alarms and the best step: from here on other questions are asked."""
         self.evaluated.clear()
         self.best = None
         for row in self.rows:

@@ -36,6 +36,7 @@ from support.distributed import (
 )
 from support.errors import UserError, quoted
 from support.evaluation import evaluate
+from support.metrics import OTHER_QUESTIONS
 from support.model import chooses_mps, set_learning_rate
 from support.model_card import write_card
 from support.monitor import describe_run, log_line, progress, quiet_progress
@@ -43,7 +44,17 @@ from support.recording import Recording
 
 Steps = Iterator[tuple[int, torch.Generator]]
 # What decides the questions of an evaluation; with others its accuracy is another thing.
-EVALUATED = ("dataset", "eval_dataset", "eval_questions", "system_prompt", "max_new_tokens")
+EVALUATED = (
+    "dataset",
+    "dataset_config",
+    "question_column",
+    "answer_column",
+    "eval_dataset",
+    "eval_questions",
+    "system_prompt",
+    "max_prompt_tokens",
+    "max_new_tokens",
+)
 
 
 @contextmanager
@@ -117,9 +128,12 @@ def open_logs(run: Any, resume: str | None) -> None:
     if run.monitor.recording is not None:
         run.monitor.recording.open(run.run_dir, run.start_step)
     if resume:  # new_run_dir has written that of a new run
-        before = read_config_file(run.run_dir / "config.yaml")
+        # That of the checkpoint: what was asked since then is taken back with its log.
+        newest = f"{checkpoint.PREFIX}{run.start_step}" if run.start_step else ""
+        before = read_config_file(run.run_dir / newest / "config.yaml")
         if any(before.get(name) != getattr(run.config, name) for name in EVALUATED):
             run.monitor.forget_evaluations()
+            run.monitor.add(OTHER_QUESTIONS, 1)  # for the next resume
         run.config.save(run.run_dir / "config.yaml")
     config_yaml = (run.run_dir / "config.yaml").read_text(encoding="utf-8")
     describe_run(run.monitor, config_yaml, summary_of(run))

@@ -19,6 +19,8 @@ from support.serving_prompts import Chat, prompt_of
 from support.serving_queue import Answer, Answerer, Job, Refused
 from support.user_rewards import reward_arguments
 
+COLDEST = 1e-6  # of temperatures but 0: logits are divided by it, and have to stay finite
+
 
 @dataclass
 class Service:
@@ -39,6 +41,8 @@ class Service:
         if model not in self.tokenizers:
             have = " and ".join(self.tokenizers)
             raise Refused(404, f"There is no model {model[:40]!r} here, only {have}.")
+        if 0 < settings["sampling"].temperature < COLDEST:
+            raise Refused(400, f"`temperature` is 0 (greedy), or {COLDEST:g} at the least.")
         prompt, ids, messages = prompt_of(chat, self.tokenizers[model], self.config)
         seed = secrets.randbits(48) if seed is None else seed
         return Job(model, prompt, ids, messages, seed=seed, **settings)

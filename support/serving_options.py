@@ -106,8 +106,21 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         if found is not None:
             found.close()
-        raise UserError(
-            f"Cannot listen on {host}, port {port} ({error.strerror or error}); is a server "
-            "running there? --port chooses another."
-        ) from error
+        raise cannot_listen(host, port, error) from error
     return found
+
+
+def listen(found: socket.socket) -> None:
+    """Listen; UserError if another server has begun to since the socket was bound."""
+    try:
+        found.listen(512)
+    except OSError as error:
+        raise cannot_listen(*found.getsockname()[:2], error) from error
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> UserError:
+    """What to say of an address that cannot be had."""
+    return UserError(
+        f"Cannot listen on {host}, port {port} ({error.strerror or error}); is a server running "
+        "there? --port chooses another."
+    )

@@ -558,3 +558,27 @@ def test_a_best_step_that_was_not_saved(tiny_run, monkeypatch, capsys):
     tiny_run("run", f"--resume={folder}", "--steps=3", "--keep_best=true")
     assert names(folder) == ["checkpoint-3"]
     assert "0.500, at step 1, which was not saved" in capsys.readouterr().out
+
+
+def test_other_questions_are_other_questions_after_a_second_resume_too(tiny_run, monkeypatch):
+    """An accuracy on other questions is no rival, however often the run is resumed after that."""
+    accuracies(monkeypatch, 0.9, 0.9)
+    folder = tiny_run("run", *BEST, "--steps=1", "--eval_questions=2")
+    accuracies(monkeypatch, 0.5, 0.1)
+    tiny_run("run", f"--resume={folder}", "--steps=3", "--eval_questions=3")
+    assert names(folder) == ["checkpoint-2", "checkpoint-3"]
+    accuracies(monkeypatch, 0.2)
+    tiny_run("run", f"--resume={folder}", "--steps=4")
+    assert names(folder) == ["checkpoint-2", "checkpoint-4"], "the best on these questions stays"
+
+
+def test_a_resume_that_was_killed_does_not_bring_other_questions_back(tiny_run, monkeypatch):
+    """It had not come to a checkpoint: its log is taken back, and what it knew of the questions."""
+    accuracies(monkeypatch, 0.9, 0.9)
+    folder = tiny_run("run", *BEST, "--steps=1", "--eval_questions=2")
+    accuracies(monkeypatch)  # the first evaluation fails
+    with pytest.raises(RuntimeError):  # a generator cannot let StopIteration out
+        tiny_run("run", f"--resume={folder}", "--steps=3", "--eval_questions=3")
+    accuracies(monkeypatch, 0.5, 0.1)
+    tiny_run("run", f"--resume={folder}", "--steps=3")
+    assert names(folder) == ["checkpoint-2", "checkpoint-3"]

@@ -18,6 +18,7 @@ from support.metrics import (
     CHARTS,
     CONSOLE,
     GLOSSARY,
+    OTHER_QUESTIONS,
     charts_of,
     console_line,
     copies_of_examples,
@@ -86,7 +87,8 @@ def test_tensorboard_of_a_run(tiny_run):
     log.Reload()
     tags = set(log.Tags()["scalars"]) | set(log.Tags()["tensors"])
     missing = {name for name in GLOSSARY if not name.startswith("alarm/")} - tags
-    missing -= {"rollout/copied_share"}  # of a prompt with an example; the test above has one
+    # Of a prompt with an example, as the test above has one; and of a resume.
+    missing -= {"rollout/copied_share", OTHER_QUESTIONS}
     assert not missing, f"explained but never logged: {missing}"
     texts = {t.removesuffix("/text_summary") for t in tags if t.endswith("/text_summary")}
     assert {

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import serve
 from rollout import rollout
-from support import serving_gate
+from support import serving_gate, serving_options
 from support.errors import UserError
 from support.generation import Sampling
 from support.serving_options import Options, bind, read_options
@@ -789,3 +789,30 @@ def test_run_sh_says_what_is_true(tmp_path):
         (tmp_path / "app" / "serve.pid").write_text(f"{other.pid}\nMon Jan 1 00:00:00 2024\n")
         assert "not running" in run("stop")[1] and other.poll() is None
         other.communicate(b"\n")
+
+
+def test_both_models_have_the_seed_that_is_told(url):
+    """So that the seed of a response brings all of its answers again."""
+    body = {**ASKED, "model": "both", "temperature": 5.0}
+    first = post(url, body=body).json()
+    again = post(url, body={**body, "seed": first["seed"]}).json()
+    texts, same = (
+        [row["assistant_response"] for row in found["answers"]] for found in (first, again)
+    )
+    assert texts == same
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_a_temperature_that_would_overflow(url, temperature):
+    """It is the request that is wrong, and not the weights."""
+    found = post(url, body={**ASKED, "temperature": temperature})
+    assert found.status_code == 400 and "at the least" in found.json()["message"]
+    assert post(url, body={**ASKED, "temperature": 1e-6}).status_code == 200
+
+
+def test_two_servers_that_start_at_the_same_time():
+    """Both have bound the port while they loaded; the second one says so in a sentence."""
+    with bind("127.0.0.1", 0) as first, bind("127.0.0.1", first.getsockname()[1]) as second:
+        serving_options.listen(first)
+        with pytest.raises(UserError, match="is a server running there"):
+            serving_options.listen(second)

@@ -194,21 +194,22 @@ function explain(c, u, i) {
   if (whole && u.old) level = average(u.log_probs.map((x, k) => x - u.old[k]));
   const r = Math.exp(Math.max(-20, Math.min(20, level)));
   add(t(whole ? "ratio_seq" : "ratio"), whole ? `r = exp(mean(log π ${MINUS} log π_old)) = ${num(r)}` : `r = π / π_old = exp(${num(now)} ${MINUS} ${inside(old)}) = ${num(r)}`, paper ? "ratio" : whole ? "sequence_ratio" : "ratio");
-  add(t("adv"), advantageFormula(group, c.index, A), paper ? "advantage" : "other_advantage");
+  add(t("adv"), advantageFormula(o, group, c.index, A), paper ? "advantage" : "other_advantage");
   const low = o.clip_eps, high = o.clip_eps_high ?? o.clip_eps, slope = u.policy_gradient[i];
+  const dual = A < 0 ? o.clip_ratio_c : null; // of a bad completion alone
   if (o.surrogate === "clip" && u.policy_gradient) {
     const cut = Math.min(1 + high, Math.max(1 - low, r));
-    let term = -Math.min(r * A, cut * A);
-    if (o.clip_ratio_c && A < 0) term = Math.min(term, -o.clip_ratio_c * A);
-    add(t("policy"), `${MINUS}min(r A, clip(r, 1${MINUS}${num(low)}, 1+${num(high)}) A) = ${MINUS}min(${num(r * A)}, ${num(cut * A)}) = ${num(term)}`, paper ? "policy" : "surrogate:clip");
+    const term = -Math.min(r * A, cut * A), most = dual ? -dual * A : null;
+    const formula = `${MINUS}min(r A, clip(r, 1${MINUS}${num(low)}, 1+${num(high)}) A)`, numbers = `${MINUS}min(${num(r * A)}, ${num(cut * A)})`;
+    add(t("policy"), dual ? `min(${formula}, ${MINUS}${num(dual)} A) = min(${numbers}, ${num(most)}) = ${num(Math.min(term, most))}` : `${formula} = ${numbers} = ${num(term)}`, paper ? "policy" : "surrogate:clip");
   } else add(t("policy"), data.surrogates[o.surrogate] ?? o.surrogate, `surrogate:${o.surrogate}`);
   const isClipped = u.clipped.includes(i), isMasked = u.masked.includes(i);
   let why = null;
   if (isMasked) why = t("masked");
-  else if (isClipped) why = o.surrogate !== "clip" ? t("no_slope") : A > 0 ? t("clip_high", num(high)) : t("clip_low", num(low));
-  else if (o.surrogate === "clip" && ((A < 0 && r > 1 + high) || (A > 0 && r < 1 - low))) why = t("against");
+  else if (isClipped) why = o.surrogate !== "clip" ? t("no_slope") : A > 0 && r > 1 + high ? t("clip_high", num(high)) : A < 0 && r < 1 - low ? t("clip_low", num(low)) : dual && r > dual ? t("clip_dual", num(dual)) : t("no_slope");
+  else if (o.surrogate === "clip" && !o.clip_ratio_c && ((A < 0 && r > 1 + high) || (A > 0 && r < 1 - low))) why = t("against");
   const simple = o.surrogate === "clip" && Math.abs(slope + r * A) <= 1e-4 * Math.abs(slope) && !whole;
-  add(t("slope"), simple && slope !== 0 ? `${MINUS}r A = ${MINUS}${num(r)} × ${inside(A)} = ${num(slope)}` : num(slope), isClipped ? (A < 0 && o.surrogate === "clip" && r < 1 ? "clipped_low" : "clipped") : null, why);
+  add(t("slope"), simple && slope !== 0 ? `${MINUS}r A = ${MINUS}${num(r)} × ${inside(A)} = ${num(slope)}` : num(slope), !isClipped || dual && r > dual ? null : A < 0 && o.surrogate === "clip" && r < 1 ? "clipped_low" : "clipped", why, u.sampler && o.sampler_correction !== "none" ? t("corrected") : null);
   let klSlope = null;
   if (u.kl) {
     const ref = u.reference?.[i];
@@ -232,13 +233,14 @@ function explain(c, u, i) {
   if (u.sampler) add(t("sampler"), num(u.sampler[i]), null);
   return lines;
 }
-/** The advantage with its numbers, where the paper's equation gives it; else its value. */
-function advantageFormula(group, index, A) {
+/** The advantage with its numbers, where it is the group's comparison alone; else its value. */
+function advantageFormula(o, group, index, A) {
   const R = scored(group.returns), own = group.returns[index];
+  const other = o.advantage !== "group" || o.whiten_advantages || o.relative_reward_weight !== 1 || o.baseline_reward_weight || o.multi_objective_aggregation !== "sum_then_normalize";
   if (own === null || group.all !== group.returns.length) return `A = ${num(A)}`;
   const m = average(R), sd = deviation(R), full = (own - m) / (sd + 1e-4), centred = own - m;
-  if (Math.abs(full - A) < 1e-3) return `A = (R ${MINUS} mean) / (std + 0.0001) = (${num(own)} ${MINUS} ${inside(m)}) / (${num(sd)} + 0.0001) = ${num(A)}`;
-  if (Math.abs(centred - A) < 1e-3) return `A = R ${MINUS} mean = ${num(own)} ${MINUS} ${inside(m)} = ${num(A)}`;
+  if (!other && o.advantage_std === "group" && Math.abs(full - A) < 1e-3) return `A = (R ${MINUS} mean) / (std + 0.0001) = (${num(own)} ${MINUS} ${inside(m)}) / (${num(sd)} + 0.0001) = ${num(A)}`;
+  if (!other && o.advantage_std === "none" && Math.abs(centred - A) < 1e-3) return `A = R ${MINUS} mean = ${num(own)} ${MINUS} ${inside(m)} = ${num(A)}`;
   return `A = ${num(A)}  (R = ${num(own)})`;
 }
 function showToken(k, i, focus = false) {
@@ -324,7 +326,7 @@ function groupOf(group, largest) {
     h("h3", {}, t("group", group.group + 1)),
     h("div", { className: "text", dir: "auto" }, visible(group.question)),
     h("div", { className: "note text" }, `${t("reference")}: ${visible(group.reference)} · ${t("rewards")}: ${t("mean")} ${num(R.length ? average(R) : null, 3)}, ${t("std")} ${num(deviation(R), 3)}`),
-    idle ? h("p", {}, "⚠ ", t("idle"), now.objective.kl_weight > 0 && !now.objective.kl_in_reward ? t("idle_kl") : "", state.lang === "zh" ? "。" : ".") : null,
+    idle ? h("p", {}, "⚠ ", t(R.length > 1 && Math.max(...R) === Math.min(...R) ? "idle" : "idle_other"), now.objective.kl_weight > 0 && !now.objective.kl_in_reward ? t("idle_kl") : "", state.lang === "zh" ? "。" : ".") : null,
     h("div", { className: "scroll", tabIndex: 0, role: "group", "aria-label": t("rewards") }, h("table", {}, h("tbody", {}, rows))),
     group.all > group.returns.length ? h("p", { className: "note" }, t("more", group.all - group.returns.length)) : null,
     own.map(({ c, k }) => completionOf(group, c, k, largest)));
@@ -350,8 +352,8 @@ function completionOf(group, c, k, largest) {
 }
 /** Why a completion was not trained, as far as the page can know. */
 function whyNot(group, c) {
-  const o = row().objective, kl = o.kl_weight > 0 && !o.kl_in_reward;
-  return group.advantages[c.index] === 0 && !kl && !o.entropy_weight ? "untrained_zero" : "untrained";
+  const o = row().objective, other = (o.kl_weight > 0 && !o.kl_in_reward) || o.entropy_weight || (o.entropy_target ?? null) !== null || (c.truncated && o.mask_truncated);
+  return group.advantages[c.index] === 0 && !other ? "untrained_zero" : "untrained";
 }
 function tokenOf(c, u, k, i, text, largest) {
   const shown = visible(text).replaceAll("\n", "⏎\n") || (u ? "·" : "");
