@@ -850,3 +850,29 @@ def test_a_server_behind_that_sends_what_it_likes(kind):
 
     found = asyncio.run(ask())
     assert found[0] == status and words in found[1]
+
+
+def test_the_thread_lives_on_when_nobody_reads_the_log(monkeypatch):
+    """`serve.py | head -1`: to print is an error then, also where the model's error is told."""
+
+    def broken(*arguments, **others):
+        raise BrokenPipeError
+
+    def fails(*arguments):
+        raise RuntimeError
+
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0))
+    tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=str)
+    monkeypatch.setattr("builtins.print", broken)
+    monkeypatch.setattr("tqdm.tqdm.write", broken)
+    monkeypatch.setattr("support.monitor.silence", lambda: None)
+    queue = ModelQueue({"m": (model, tokenizer)}, fails, 8, 8)
+    queue.start()
+
+    async def ask():
+        for _ in range(2):
+            with pytest.raises(Refused, match="RuntimeError"):
+                await answers_of(queue, [Job("m", "", [1], [], Sampling(4), seed=1)], 5.0)
+
+    asyncio.run(ask())
+    queue.stop()
