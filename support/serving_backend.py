@@ -57,6 +57,8 @@ class Backend:
 
     def submit(self, jobs: list[Job]) -> None:
         """Ask for the jobs' completions; Refused (429) where too many are asked for already."""
+        if count(jobs) > self.limit:
+            raise Refused(400, f"At most {self.limit} completions can be asked for at once.")
         if count([*self.asking, *jobs]) > self.limit:
             raise Refused(429, f"{self.limit} completions are asked for; try again later.", 1)
         for job in jobs:
@@ -81,7 +83,7 @@ class Backend:
         except httpx2.HTTPError as error:
             kind = type(error).__name__
             job.tell(Refused(502, f"The server behind this one cannot be reached ({kind})."))
-        except (LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever else it sends; else the client would wait in vain
             kind = type(error).__name__
             job.tell(
                 Refused(502, f"The server behind this one does not speak OpenAI's API ({kind}).")
@@ -109,21 +111,25 @@ class Backend:
         return Answer(text, [0] * tokens, truncated)  # of its tokens only the number is known
 
     async def choices(self, job: Job, sample: int) -> AsyncIterator[tuple[dict, dict | None]]:
-        """The parts of a streamed response, each with the usage that it brings."""
-        path, body = self.request(job, sample)
+        """The parts of a streamed response, each with the usage that it brings; to its end."""
+        (path, body), ended = self.request(job, sample), False
         async with self.client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 said = (await response.aread()).decode(errors="replace")
                 raise Refused(502, f"The server behind this one refuses: {in_a_line(said)}")
             async for line in response.aiter_lines():
                 data = line.removeprefix("data:").strip()
+                ended |= data == "[DONE]"
                 if not line.startswith("data:") or data == "[DONE]":
                     continue
                 found = json.loads(data)
                 if "error" in found:
                     raise Refused(502, f"The server behind this one failed: {in_a_line(data)}")
                 for choice in found["choices"] or [{}]:
+                    ended |= bool(choice.get("finish_reason"))
                     yield choice, found.get("usage")
+        if not ended:
+            raise Refused(502, "The server behind this one has ended in the middle of an answer.")
 
     def request(self, job: Job, sample: int) -> tuple[str, dict[str, Any]]:
         """Path and body: the chat of the training, or its text where there is no chat template."""

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from support.monitor import log_line
 from support.serving_queue import Refused
 
 BODY_BYTES = 256 * 1024
@@ -86,12 +87,12 @@ class Gate:
             while place and place.tb_next:
                 place = place.tb_next
             where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
-            print(f"error: {type(error).__name__} at {where}", flush=True)
+            log_line(f"error: {type(error).__name__} at {where}")
         finally:
             path = scope["path"] if scope["path"] in self.paths else "another path"
             milliseconds = 1000 * (time.monotonic() - start)
             if path != "/health":
-                print(f"{scope['method']} {path} {status} {milliseconds:.0f} ms", flush=True)
+                log_line(f"{scope['method']} {path} {status} {milliseconds:.0f} ms")
 
     def check(self, scope: Message) -> None:
         """Refused for who may not ask."""

@@ -19,6 +19,7 @@ import torch
 
 from support.errors import UserError
 from support.generation import Sampling, end_tokens, with_seeds
+from support.monitor import log_line
 from support.serving_text import TextStream, cut
 
 GATHER_SHARE, GATHER_SECONDS = 0.1, 0.05  # of the last batch's time, and at most
@@ -241,7 +242,7 @@ class ModelQueue:
             except UserError as found:
                 job.tell(Refused(500, str(found)))
             except Exception as found:  # whatever the code of a model raises
-                print(f"the model failed: {type(found).__name__}", flush=True)
+                log_line(f"the model failed: {type(found).__name__}")
                 job.tell(Refused(500, f"The model failed ({type(found).__name__})."))
 
     def answer(self, batch: list[Job]) -> None:

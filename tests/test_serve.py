@@ -742,7 +742,7 @@ def test_in_front_of_another_server(url, service):
             == pieces[-1]["data"]["assistant_response"]
             == plain["assistant_response"]
         )
-        assert post(front_url, body={**ASKED, "n": 9, "temperature": 1.0}).status_code == 429
+        assert post(front_url, body={**ASKED, "n": 9, "temperature": 1.0}).status_code == 400
         front.answerer.name = "nix"
         refused = post(front_url)
         assert refused.status_code == 502 and "There is no model" in refused.json()["message"]
@@ -816,3 +816,63 @@ def test_two_servers_that_start_at_the_same_time():
         serving_options.listen(first)
         with pytest.raises(UserError, match="is a server running there"):
             serving_options.listen(second)
+
+
+SENT = {
+    "a text for a choice": ([{"choices": ["x"]}], 502, "does not speak"),
+    "a list for the usage": ([{"choices": [{"text": "a"}], "usage": [1]}], 502, "does not speak"),
+    "half of an answer": ([{"choices": [{"text": "<answer>4"}]}], 502, "in the middle"),
+    "a whole one": ([{"choices": [{"text": "4", "finish_reason": "stop"}]}], 200, "4"),
+}
+
+
+@pytest.mark.parametrize("kind", SENT)
+def test_a_server_behind_that_sends_what_it_likes(kind):
+    """It is told at once, not when the time is over; and half of an answer is none."""
+    from support.serving_backend import Backend
+
+    rows, status, words = SENT[kind]
+    text = "".join(f"data: {json.dumps(row)}\n\n" for row in rows)
+
+    async def ask():
+        backend = Backend("http://behind", "m", 2)
+        transport = httpx2.MockTransport(lambda request: httpx2.Response(200, text=text))
+        backend.client = httpx2.AsyncClient(base_url="http://behind", transport=transport)
+        jobs = [Job("trained", "?", [1], [], Sampling(4), seed=1, count=n) for n in (1, 3)]
+        with pytest.raises(Refused) as too_many:
+            backend.submit(jobs[1:])
+        assert too_many.value.status == 400, "it would never have a place"
+        try:
+            ((answer,),) = await answers_of(backend, jobs[:1], 3.0)
+            return 200, answer.text
+        except Refused as error:
+            return error.status, str(error)
+
+    found = asyncio.run(ask())
+    assert found[0] == status and words in found[1]
+
+
+def test_the_thread_lives_on_when_nobody_reads_the_log(monkeypatch):
+    """`serve.py | head -1`: to print is an error then, also where the model's error is told."""
+
+    def broken(*arguments, **others):
+        raise BrokenPipeError
+
+    def fails(*arguments):
+        raise RuntimeError
+
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0))
+    tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0, decode=str)
+    monkeypatch.setattr("builtins.print", broken)
+    monkeypatch.setattr("tqdm.tqdm.write", broken)
+    monkeypatch.setattr("support.monitor.silence", lambda: None)
+    queue = ModelQueue({"m": (model, tokenizer)}, fails, 8, 8)
+    queue.start()
+
+    async def ask():
+        for _ in range(2):
+            with pytest.raises(Refused, match="RuntimeError"):
+                await answers_of(queue, [Job("m", "", [1], [], Sampling(4), seed=1)], 5.0)
+
+    asyncio.run(ask())
+    queue.stop()
