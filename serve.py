@@ -168,7 +168,9 @@ def add_page(app: Any, service: Service) -> None:
             "name": service.name,
             "models": list(service.tokenizers),
             "examples": [
-                {"question": q.question, "reference": q.reference} for q in service.examples
+                {"question": q.question, "reference": q.reference}
+                for q in service.examples
+                if not service.options.api_key  # the page itself is open to all
             ],
             "samples": min(config.group_size, 16),
             "temperature": config.temperature or 1.0,

@@ -102,7 +102,10 @@ class Gate:
             raise Refused(421, "This server answers to the names of its own machine alone.")
         if origin is not None and origin.partition("://")[2] != host:
             raise Refused(403, "Pages of other sites may not ask this server.")
-        given = headers.get(b"authorization", "").removeprefix("Bearer ").encode("latin-1")
+        if scope["path"] == "/mcp" and scope["method"] != "POST":  # a stream without an end
+            raise Refused(405, "Send MCP messages by POST; this server keeps no streams open.")
+        scheme, _, given = headers.get(b"authorization", "").partition(" ")
+        given = given.encode("latin-1") if scheme.lower() == "bearer" else b""
         right = not self.api_key or hmac.compare_digest(given, self.api_key.encode())
         if not right and scope["path"] not in OPEN:
             raise Refused(401, "Send the key of this server: Authorization: Bearer KEY.")

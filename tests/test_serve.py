@@ -602,6 +602,23 @@ def test_a_key_is_asked_for_where_there_is_one(service):
         assert httpx2.get(url, headers={"Accept": "text/html"}).status_code == 200
 
 
+def test_what_a_page_with_a_key_tells(service, url):
+    """The page needs no key, so it has no questions; the scheme is in any case."""
+    guarded = replace(service, options=Options(api_key="s3cret"))
+    question, wanted = service.examples[0].question, {"Accept": "text/html"}
+    assert question in httpx2.get(url, headers=wanted).text
+    with running(guarded) as url:
+        assert question not in httpx2.get(url, headers=wanted).text
+        headers = {"Authorization": "bearer s3cret"}
+        assert httpx2.get(f"{url}/v1/models", headers=headers).status_code == 200
+
+
+def test_mcp_keeps_no_stream_open(url):
+    for method in ("GET", "DELETE"):
+        answer = httpx2.request(method, f"{url}/mcp", headers={"Accept": "text/event-stream"})
+        assert answer.status_code == 405 and "POST" in answer.json()["message"]
+
+
 def test_slow_senders_are_not_waited_for(service, monkeypatch):
     """Headers, or a body, a byte at a time: closed, while others are answered."""
     monkeypatch.setattr(serving_gate, "HEADER_SECONDS", 0.5)
