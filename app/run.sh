@@ -63,6 +63,7 @@ case "$command" in
   start) start "$@" ;;
   stop) stop ;;
   status) status ;;
-  logs) tail -n 50 "$@" "$log" ;;
+  logs) [ -f "$log" ] || { echo "nothing was started yet: there is no $log"; exit 1; }
+    tail -n 50 "$@" "$log" ;;
   *) echo "usage: run.sh start [options of serve.py] | stop | status | logs [-f]" >&2; exit 2 ;;
 esac
