@@ -556,11 +556,10 @@ def test_a_run_that_was_stopped_goes_on_to_its_end(tiny_run, tmp_path, capsys):
 
 
 def test_other_held_out_questions_are_not_compared_with_those_before(tiny_run, tmp_path):
-    folder = copy_of(shared_run("--eval_interval=1"), tmp_path / "a")
-    for changed, kept in ((["--eval_questions=7"], False), (["--lr=1e-4"], True)):
-        config, others = parse_config([f"--resume={folder}", "--steps=9", *changed])
+    for name, changed, kept in (("a", "--eval_questions=7", False), ("b", "--lr=1e-4", True)):
+        folder = copy_of(shared_run("--eval_interval=1"), tmp_path / name)
+        config, others = parse_config([f"--resume={folder}", "--steps=9", changed])
         with open_run(config, others["resume"], train.build) as (trainer, _):
             known = [*trainer.monitor.evaluated, *trainer.monitor.rows]
             assert len(trainer.monitor.rows) > 1
             assert any("eval/accuracy" in row for row in known) == kept
-            parse_config([f"--resume={folder}"])[0].save(folder / "config.yaml")
