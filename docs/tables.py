@@ -31,6 +31,8 @@ from support.foreign_options import OWNERS  # noqa: E402
 PAGES = (
     "README.md",
     *(f"docs/{page}.md" for page in ("names", "objectives", "options", "reliability")),
+    *(f"docs/{page}.md" for page in ("break_it.en", "break_it.zh")),
+    *(f"docs/ladder/{page}.md" for page in ("README", "README.zh")),
 )
 ALGORITHM = ("train", "rollout", "reward", "loss", "replay_buffer")
 COMMANDS = ("run", "evaluate", "sft", "merge", "check_data", "to_verl", "report", "serve")
@@ -154,6 +156,13 @@ def measured(family: str) -> str:
     return section.split("\n", 1)[1].strip()
 
 
+def result(page: str, head: str = "") -> str:
+    """The table of a page in results/, as it is or under another head."""
+    lines = (ROOT / "results" / page).read_text(encoding="utf-8").splitlines()
+    first, _, *rows = [line for line in lines if line.startswith("|")]
+    return table(head or first.strip("| "), rows)
+
+
 TABLES = {
     "algorithm": lambda: files(ROOT / f"{name}.py" for name in ALGORITHM),
     "commands": lambda: files(ROOT / f"{name}.py" for name in COMMANDS),
@@ -168,6 +177,16 @@ TABLES = {
     "options of verl": lambda: foreign_options("verl"),
     "recipes": lambda: measured("Recipes"),
     "ablations": lambda: measured("Ablations"),
+    "sabotages": lambda: result("break_it.md"),
+    "sabotages zh": lambda: result(
+        "break_it.md",
+        "名称 | 哪里不同 | 步数 | 贪心：始，最好，末 | 采样：首，末 | 奖励 | 词元 | 警报（首响）",
+    ),
+    "rungs": lambda: result("ladder.md"),
+    "rungs zh": lambda: result(
+        "ladder.md",
+        "级 | 种子 | 采样对 0.8，步 | 贪心，步 5 | 贪心，末 | 采样，末尾 | KL，末 | 每步秒数",
+    ),
 }
 
 

@@ -27,7 +27,9 @@ CORE = [ROOT / f"{name}.py" for name in ALGORITHM]
 SUPPORT, OBJECTIVES = sorted(ROOT.glob("support/*.py")), sorted(ROOT.glob("objectives/*.py"))
 CODE = [*CORE, *(ROOT / f"{name}.py" for name in COMMANDS), *SUPPORT, *OBJECTIVES]
 OTHERS = [
-    p for folder in ("benchmarks", "docs", "examples", "tiny") for p in ROOT.glob(f"{folder}/*.py")
+    p
+    for folder in ("benchmarks", "docs", "docs/ladder", "examples", "tiny")
+    for p in ROOT.glob(f"{folder}/*.py")
 ]
 
 
