@@ -295,6 +295,7 @@ def main(argv: list[str]) -> None:
         return
     if more or args.checked:
         raise UserError(f"{' '.join(more) or '--checked'} goes with the name of one sabotage.")
+    args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "break_it.jsonl"
     done = {(run["name"], run["seed"]) for run in read_jsonl(log)}
     jobs = [(name, args.seed) for name in args.only if (name, args.seed) not in done]

@@ -201,6 +201,15 @@ def test_alarms_that_mean_nothing_are_left_out():
     assert set(alarms_for(grpo, short)) == every - {"reasoning_collapses"}, "it is asked for"
 
 
+def test_in_fp32_sampler_and_trainer_are_closer():
+    rows = [{"train/sampler_gap": 0.07}] * 3
+    grpo = OBJECTIVES["grpo"].ratio_level
+    assert active_alarms(alarms_for(grpo, Config(precision="bf16")), rows) == []
+    fp32 = alarms_for(grpo, Config(precision="fp32"))
+    assert active_alarms(fp32, rows) == ["sampler"]
+    assert active_alarms(fp32, [{"train/sampler_gap": 1e-6}] * 3) == []
+
+
 def test_a_policy_that_has_learned_may_be_sure_of_it():
     rows = [{"rollout/success_rate": 0.95, "rollout/entropy": 0.4 * 0.8**i} for i in range(30)]
     assert heard(rows) == set()

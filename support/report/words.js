@@ -114,7 +114,7 @@ alarms: {
   reward_falls: "奖励比最好时下降了五分之一以上：从较早的检查点重新开始（--model runs/NAME/checkpoint-STEP），降低 lr 或提高 kl_weight。",
   reward_flat: "训练开始以来奖励没有上升。请读样本：如果没有答对的，换更容易的问题或先做监督微调（sft.py）；如果几乎都对，换更难的问题；否则提高 lr 或 group_size。",
   length_explodes: "回答的长度是 20 步之前的四倍：请读样本；加上奖励 soft_overlong 或 length_penalty，或换没有长度偏差的目标函数（dr_grpo、dapo）。",
-  reasoning_collapses: "回答的长度或熵迅速下降，而答对的没有增加：请重新开始。如果奖励的不只是正确，那么有一部分奖励不用答对也能得到：只奖励正确（--reward accuracy --reward_weights 1）。否则是 lr 太高：降到三分之一或更低。",
+  reasoning_collapses: "回答的长度或熵迅速下降，而答对的没有增加：请重新开始。如果奖励反而在涨，说明不用答对也能得到它：检查各项奖励及其正负号，或只奖励正确（--reward accuracy --reward_weights 1）。否则是 lr 太高：降到三分之一或更低。",
   format_alone: "学会了格式，没有学会答题：格式更容易得分。去掉格式奖励（--reward accuracy --reward_weights 1），在提示词里用一个完整的例子说明格式。",
   accuracy_falls: "测试准确率下降，超出了区间：回到较早的检查点（--model runs/NAME/checkpoint-STEP），lr 降到三分之一或更低。",
   copied_prompt: "超过四分之一的回答逐字照抄提示词里的例子：在 --system_prompt 里放一个有真实推理的例子，或者不放例子。",
@@ -122,7 +122,7 @@ alarms: {
   gradient: "梯度范数是平时的十倍：降低 lr 或 max_norm，并检查有没有极端的奖励。",
   skipped: "有几次优化被跳过，因为损失或梯度不是有限数：降低 lr；用 bf16 时可以试 --precision fp32。",
   unscored: "超过一半的分数是 None：请检查奖励函数能不能找到它要找的内容。",
-  sampler: "采样器与训练器对采样到的词元给出的概率不一致：试 --precision fp32，或 --sampler_correction token_truncate。",
+  sampler: "采样器与训练器对采样到的词元给出的概率不一致：试 --precision fp32，或 --sampler_correction token_truncate。如果已经是 fp32，舍入误差解释不了这个差距：有什么只在其中一边改变了策略。",
 },
 meanings: {
   "eval/accuracy": "测试题的贪心准确率，严格：<answer> 标签里是正确答案。",
