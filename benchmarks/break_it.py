@@ -2,7 +2,8 @@
 
     python benchmarks/break_it.py lr          one of them, as train.py prints it: about a minute;
                                               with more flags of train.py, as --steps 100
-    python benchmarks/break_it.py             those that are missing in results/break_it.jsonl
+    python benchmarks/break_it.py --out FOLDER    all that are missing in FOLDER/break_it.jsonl,
+                                              then break_it.md and .png beside it
     python benchmarks/break_it.py --report    only results/break_it.md and .png, from break_it.jsonl
 
 The lesson is docs/break_it.en.md (中文：docs/break_it.zh.md). Each sabotage is `python train.py
@@ -118,6 +119,7 @@ SABOTAGES = {
     "temperature": Sabotage(
         "--temperature 0.5",
         (Patch("support/policy.py:Policy.forward", without_temperature), UNCHECKED),
+        beside="healthy_half",
     ),
     "k1": Sabotage("--kl_weight 1 --kl_estimator k1", beside="k3"),
     "group_size": Sabotage("--group_size 2 --rollouts_per_step 128"),
@@ -126,10 +128,12 @@ SABOTAGES = {
 OTHERS = {
     "healthy": Sabotage(),
     "healthy_32_updates": Sabotage(MANY_UPDATES),
+    "healthy_half": Sabotage("--temperature 0.5"),
     "k3": Sabotage("--kl_weight 1"),
     "form": Sabotage("--reward format"),
 }
 RUNS = OTHERS | SABOTAGES
+PAYS_ELSE = ("sign", "length")  # their reward is not success
 COMMON = "--preset tiny --device cpu"
 QUIET = "--eval_questions 250 --checkpoint_interval 0 --log_completions 0"
 KEPT = (
@@ -252,17 +256,20 @@ def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
         for run, color in ((runs[beside], "0.6"), (runs[name], "C3")):
             line(ax, run["curve"], "eval/accuracy", "o-", color=color, ms=4)
             line(ax, run["curve"], "rollout/success_rate", "-", color=color, lw=0.8)
+            if run["name"] in PAYS_ELSE:
+                line(ax, run["curve"], "rollout/returns", "--", color=color, lw=0.8)
         for alarm, step in list(alarms_of(runs[name]["curve"]).items())[:1]:
             ax.axvline(step, color="k", lw=0.8, ls=":")
             ax.text(step, 1.03, f" {alarm}", fontsize=8, va="bottom")
         words = "" if beside == "healthy" else f"grey: {beside}"
-        ax.set(title=name, ylim=(0, 1.1), xlabel=f"step    {words}".rstrip())
+        ax.set(title=name, ylim=(-0.45, 1.1), xlabel=f"step    {words}".rstrip())
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes.flat[len(names) :]:
         ax.axis("off")
     figure.suptitle(
-        "Accuracy: dots held out, greedy; thin line samples. Red: the sabotage; grey: the healthy "
-        "run. Dotted: the first alarm.",
+        "Accuracy: dots held out, greedy; thin line samples; dashed: the reward, where it is "
+        "another. Red: the sabotage; grey: the healthy run, or the one named below it. Dotted: the "
+        "first alarm.",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
@@ -290,6 +297,8 @@ def main(argv: list[str]) -> None:
     args, more = parser.parse_known_args(argv)
     for name in [*args.only, *([args.name] if args.name else [])]:
         check_choice(name, RUNS, "sabotage")
+    if args.name and args.report:
+        raise UserError("--report makes the page of all runs; leave the name out.")
     if args.name:
         run(args.name, [f"--seed={args.seed}", *more], args.checked)
         return
@@ -307,6 +316,9 @@ def main(argv: list[str]) -> None:
             print(" | ".join(summary(found)), flush=True)
     if not read_jsonl(log):
         raise UserError(f"There is no run in {log} to report; leave --report out.")
+    if not (jobs or args.report):
+        print(f"nothing to do: {log} has these runs; --out FOLDER makes your own")
+        return
     report(log, args.out)
 
 
