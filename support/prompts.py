@@ -25,38 +25,47 @@ def messages_of(question: str, system_prompt: str) -> list[dict[str, str]]:
 
 
 def build_prompt(question: str, tokenizer: Any, system_prompt: str, date: str = "") -> str:
-    """The text that the completion continues, from the model's chat template.
+    """The text that the completion of one question continues; as chat_prompt."""
+    return chat_prompt(messages_of(question, ""), tokenizer, system_prompt, date)[0]
+
+
+def chat_prompt(
+    turns: list[dict[str, str]], tokenizer: Any, system_prompt: str, date: str
+) -> tuple[str, list[dict[str, str]]]:
+    """The text that an answer continues, from the model's chat template; and as messages.
 
     Templates that know no system role, or leave it out, get the system prompt in front of the
     question; those that have no generation prompt, the words that they put in front of an answer.
     Without a chat template the prompt is the system prompt, the question and the word "Answer:",
-    each in a paragraph of its own.
+    each in a paragraph of its own, and there are no messages.
 
     Args:
+        turns: of user and assistant, beginning and ending with a user's: the question first.
         date: as 2026-11-25, for templates that print it; empty: today.
+    Raises:
+        UserError: the template cannot be used, or drops a text; or there is none for several turns.
     """
+    question = turns[0]["content"]
     if not tokenizer.chat_template:
+        if len(turns) > 1:
+            raise UserError("A model without a chat template takes one question, and no chat.")
         parts = (system_prompt, f"Question: {question}", "Answer:")
-        return "\n\n".join(part for part in parts if part)
-    try:
-        prompt = render(messages_of(question, system_prompt), tokenizer, date)
-        if holds(prompt, question) and holds(prompt, system_prompt):
-            return prompt
-    except Exception:  # a template raises what it likes
-        pass
-    try:
-        prompt = render(messages_of(f"{system_prompt}\n\n{question}".strip(), ""), tokenizer, date)
-    except Exception as error:
-        raise UserError(
-            f"The chat template of the model cannot be used ({error}); mend its "
-            "chat_template.jinja, or remove it to go without one."
-        ) from error
-    if not (holds(prompt, question) and holds(prompt, system_prompt)):
-        raise UserError(
-            f"The chat template of the model drops the question: it makes {prompt[:200]!r} of "
-            f"{question[:80]!r}; mend its chat_template.jinja, or remove it to go without one."
-        )
-    return prompt
+        return "\n\n".join(part for part in parts if part), []
+    joined = f"{system_prompt}\n\n{question}".strip()
+    for first in (messages_of(question, system_prompt), messages_of(joined, "")):
+        messages = [*first, *turns[1:]]
+        try:
+            prompt = render(messages, tokenizer, date)
+        except Exception as error:  # a template raises what it likes
+            problem = f"cannot be used ({error})"
+            continue
+        if all(holds(prompt, text) for text in (system_prompt, *(m["content"] for m in turns))):
+            return prompt, messages
+        problem = f"drops the question: it makes {prompt[:200]!r} of {question[:80]!r}"
+    raise UserError(
+        f"The chat template of the model {problem}; mend its chat_template.jinja, or remove it to "
+        "go without one."
+    )
 
 
 def render(messages: list[dict[str, str]], tokenizer: Any, date: str) -> str:

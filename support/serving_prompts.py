@@ -4,7 +4,7 @@ from typing import Any
 
 from support.config import Config
 from support.errors import UserError, is_text
-from support.prompts import build_prompt, holds, messages_of, render, tokens_of
+from support.prompts import chat_prompt, tokens_of
 from support.serving_queue import Refused
 
 CHARACTERS = 20  # for each token of the longest prompt; more is not even counted
@@ -37,9 +37,11 @@ def prompt_of(chat: Chat, tokenizer: Any, config: Config) -> tuple[str, list[int
     if not all(is_text(message["content"]) for message in chat):
         raise Refused(400, "The question holds half of a character (a lone surrogate); mend it.")
     try:
-        prompt, messages = chat_prompt(turns, system, tokenizer, config.prompt_date)
+        prompt, messages = chat_prompt(turns, tokenizer, system, config.prompt_date)
     except UserError as error:
-        raise Refused(400, str(error)) from error
+        template = "The model's chat template cannot write this chat"
+        problem = template if tokenizer.chat_template else "This model has no chat template"
+        raise Refused(400, f"{problem}; send one question alone.") from error
     ids = tokens_of([prompt], tokenizer)[0]
     if not 0 < len(ids) <= config.max_prompt_tokens:
         raise Refused(
@@ -48,24 +50,3 @@ def prompt_of(chat: Chat, tokenizer: Any, config: Config) -> tuple[str, list[int
             "read; ask a shorter question.",
         )
     return prompt, ids, messages
-
-
-def chat_prompt(turns: Chat, system: str, tokenizer: Any, date: str) -> tuple[str, Chat]:
-    """The text that an answer continues, and its messages; as build_prompt, and for longer chats.
-
-    Raises:
-        UserError: where the template has no place for the chat.
-    """
-    if not tokenizer.chat_template:
-        if len(turns) > 1:
-            raise UserError("This model has no chat template; send one question alone.")
-        return build_prompt(turns[0]["content"], tokenizer, system, date), []
-    first = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}".strip()}
-    for messages in ([*messages_of("", system)[:-1], *turns], [first, *turns[1:]]):
-        try:
-            prompt = render(messages, tokenizer, date)
-        except Exception:  # a template raises what it likes
-            continue
-        if all(holds(prompt, message["content"]) for message in messages):
-            return prompt, messages
-    raise UserError("The model's chat template cannot write this chat; send one question alone.")
