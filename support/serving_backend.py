@@ -12,7 +12,7 @@ from typing import Any
 
 from support.errors import UserError
 from support.server import Server, reason_of
-from support.serving_queue import Answer, Job, Piece, Refused, count
+from support.serving_queue import Answer, Job, Piece, Refused, check_count, count
 from support.serving_text import TextStream, cut
 
 CONNECT_SECONDS = 10.0
@@ -57,8 +57,7 @@ class Backend:
 
     def submit(self, jobs: list[Job]) -> None:
         """Ask for the jobs' completions; Refused (429) where too many are asked for already."""
-        if count(jobs) > self.limit:
-            raise Refused(400, f"At most {self.limit} completions can be asked for at once.")
+        check_count(jobs, self.limit)
         if count([*self.asking, *jobs]) > self.limit:
             raise Refused(429, f"{self.limit} completions are asked for; try again later.", 1)
         for job in jobs:

@@ -178,8 +178,7 @@ class ModelQueue:
         with self.changed:
             if self.stopped:
                 raise Refused(503, "The server is being stopped.")
-            if count(jobs) > self.limit:
-                raise Refused(400, f"At most {self.limit} completions can be asked for at once.")
+            check_count(jobs, self.limit)
             if count(self.waiting) + count(jobs) > self.limit:
                 retry = max(1, round(self.took * (1 + self.limit / self.batch_size)))
                 raise Refused(429, f"{self.limit} completions are waiting; try again later.", retry)
@@ -292,3 +291,9 @@ def prompts_of(job: Job) -> list[tuple[list[int], Any]]:
 def count(jobs: list[Job]) -> int:
     """How many completions jobs ask for."""
     return sum(job.count for job in jobs)
+
+
+def check_count(jobs: list[Job], limit: int) -> None:
+    """Refused (400) if jobs ask for more completions than ever have a place."""
+    if count(jobs) > limit:
+        raise Refused(400, f"At most {limit} completions can be asked for at once.")
