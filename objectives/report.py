@@ -89,24 +89,31 @@ def under(objective: Objective) -> tuple[Tensor, dict[int, dict[str, Any]]]:
 
 def steps() -> list[dict[str, Any]]:
     """The rollout under each objective, as if they were the steps of a run."""
-    return [step_of(number, name) for number, name in enumerate(OBJECTIVES, start=1)]
+    tokenizer = load_tokenizer("tiny/model")
+    sampled = [
+        {"group": q, "index": i} | lines.completion_of(group, i, tokenizer)
+        for q, group in enumerate(frozen()[1])
+        for i in range(len(group.completions))
+    ]
+    return [step_of(number, name, sampled) for number, name in enumerate(OBJECTIVES, start=1)]
 
 
-def step_of(number: int, name: str) -> dict[str, Any]:
-    """The rollout under one objective, as a line of a recording."""
+def step_of(number: int, name: str, sampled: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rollout under one objective, as a line of a recording.
+
+    Args:
+        sampled: each completion as a recording has it, without what an update made of it.
+    """
     saved, groups, _, _ = frozen()
-    objective, tokenizer = OBJECTIVES[name], load_tokenizer("tiny/model")
+    objective = OBJECTIVES[name]
     advantages, found = under(objective)
-    size = len(groups[0].completions)
     described = [
         lines.group_of(q, group, advantages[q], saved["rewards"]) for q, group in enumerate(groups)
     ]
-    completions = []
-    for place in range(len(groups) * size):
-        q, i = divmod(place, size)
-        row = {"group": q, "index": i} | lines.completion_of(groups[q], i, tokenizer)
-        row |= {"updates": [{"update": 1, **found[place]}]} if place in found else {}
-        completions.append(row)
+    completions = [
+        row | ({"updates": [{"update": 1, **found[place]}]} if place in found else {})
+        for place, row in enumerate(sampled)
+    ]
     row = {"step": number, "every": 1, "name": name, "all": len(groups)}
     row |= {"objective": asdict(objective), "differs": objective.summary}
     return row | {"groups": described, "completions": completions}
