@@ -373,7 +373,7 @@ function goTo(step) {
   state.step = Math.max(0, Math.min(run().steps.length - 1, step));
   showStep();
   $("charts").replaceChildren(...data.charts.map(figure).filter(Boolean));
-  if (data.kl) showObjectives();
+  if (data.kl) showRow();
 }
 function search() {
   const wanted = $("search").value.trim().toLowerCase(), hits = [];
@@ -430,11 +430,10 @@ function showObjectives() {
     places.push(x);
     x += bar * c.tokens.length;
   });
-  const svg = s("svg", { viewBox: `0 0 ${x + 4} ${high * steps.length}`, width: x + 4, "aria-hidden": "true" });
+  const svg = s("svg", { viewBox: `0 0 ${x + 4} ${high * steps.length}`, width: x + 4, "aria-hidden": "true" }, s("rect", { class: "band", x: 0, width: x + 4, height: high }));
   steps.forEach((each, row) => {
     const middle = high * row + high / 2, pushes = each.completions.map((c) => (c.updates ? c.updates[0].log_probs.map((_, i) => push(c.updates[0], i)) : []));
     const largest = Math.max(1e-30, ...pushes.flat().map(Math.abs));
-    if (row === state.step) svg.append(s("rect", { class: "band", x: 0, y: middle - high / 2, width: x + 4, height: high }));
     svg.append(s("text", { class: "name", x: 4, y: middle + 4 }, each.name));
     each.completions.forEach((c, k) => {
       if (c.updates) svg.append(s("line", { class: "axis", x1: places[k], x2: places[k] + bar * c.tokens.length, y1: middle, y2: middle }));
@@ -451,7 +450,13 @@ function showObjectives() {
     svg.append(whole);
   });
   $("map").replaceChildren(svg);
+  showRow();
   $("kl").replaceChildren(curves("values", t("kl_value")), curves("gradient", t("kl_gradient")), data.kl.beyond ? h("p", { className: "note" }, t("kl_beyond", data.kl.beyond)) : "");
+}
+/** Mark the row of the objective that is shown. */
+function showRow() {
+  const band = $("map").querySelector(".band");
+  band.setAttribute("y", state.step * band.getAttribute("height"));
 }
 /** The four estimators over d = log π - log π_ref. */
 function curves(kind, title) {
