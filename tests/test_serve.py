@@ -356,12 +356,15 @@ def test_a_chat_is_the_prompt_of_the_training_or_a_sentence(service):
         own = prompt_of([{"role": "system", "content": "Count."}, one], tokenizer, config)[0]
         assert own == build_prompt("How many?", tokenizer, "Count.")
         if not tokenizer.chat_template:
-            with pytest.raises(Refused, match="one question alone"):
+            with pytest.raises(Refused, match="This model has no chat template; send one question"):
                 prompt_of([one, two, one], tokenizer, config)
             continue
         prompt, _, messages = prompt_of([one, two, one], tokenizer, config)
         assert prompt.startswith(("[system] Answer. [user] How many?", "[user] Answer."))
         assert prompt.count("Two.") == 1 and messages[-1] == one
+    tokenizer.chat_template = "Hello!"
+    with pytest.raises(Refused, match="The model's chat template cannot write this chat; send one"):
+        prompt_of([one, two, one], tokenizer, config)
 
 
 # ----------------------------------------------------------------------------------------------- MCP
