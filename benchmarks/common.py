@@ -137,6 +137,20 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def put_between(page: Path, name: str, lines: list[str]) -> None:
+    """Put lines between `<!-- name -->` and `<!-- /name -->` of a page; the rest of it stays.
+
+    Raises:
+        UserError: the page has no such marks. It is left as it is.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    made, text = "\n".join([begin, *lines, end]), page.read_text(encoding="utf-8")
+    text, found = re.subn(f"{begin}.*?{end}", lambda _: made, text, flags=re.S)
+    if not found:
+        raise UserError(f"Put the marks {begin} and {end} into {page.name}, where the text goes.")
+    page.write_text(text, encoding="utf-8")
+
+
 def table(head: list[str], rows: Iterable[list[Any]]) -> list[str]:
     """A Markdown table, as lines."""
     first, *others = ("| " + " | ".join(map(str, cells)) + " |" for cells in [head, *rows])

@@ -33,7 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, machine, read_jsonl, table, versions, write_jsonl, write_lines
+from common import (
+    ROOT,
+    machine,
+    put_between,
+    read_jsonl,
+    table,
+    versions,
+    write_jsonl,
+    write_lines,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from objectives.table import objective_of
@@ -44,7 +53,6 @@ from support.pieces import LOGITS_AT_A_TIME
 
 GB = 1e9
 CARDS = (16, 24, 40, 48, 80, 141)
-MARKS = ("<!-- plan -->", "<!-- /plan -->")
 
 
 def shape(hidden: int, layers: int, heads: int, inner: int) -> dict[str, int]:
@@ -309,10 +317,7 @@ def main(argv: list[str]) -> None:
         if args.out:
             write_lines(args.out.with_suffix(".md"), found)
         return
-    page = ROOT / "docs" / "memory.md"
-    first, _, others = page.read_text(encoding="utf-8").partition(MARKS[0])
-    last = others.partition(MARKS[1])[2]
-    page.write_text("\n".join([f"{first}{MARKS[0]}", *tables(), f"{MARKS[1]}{last}"]), "utf-8")
+    put_between(ROOT / "docs" / "memory.md", "plan", tables())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ from common import (
     machine,
     metrics_of,
     positive,
+    put_between,
     read_jsonl,
     table,
     versions,
@@ -298,17 +298,6 @@ def report_plan(argv: list[str]) -> list[str]:
 # --------------------------------------------------------------------- the command
 
 
-def put(part: str, lines: list[str]) -> None:
-    """A part of results/processes.md, between its marks; the rest of the file stays."""
-    path, begin, end = RESULTS / "processes.md", f"<!-- {part} -->", f"<!-- /{part} -->"
-    text = path.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise UserError(f"{path.name} has no marks {begin} … {end}.")
-    new = "\n".join([begin, *lines, end])
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    path.write_text(re.sub(pattern, lambda _: new, text, flags=re.S), encoding="utf-8")
-
-
 @command(several=True)
 def main(argv: list[str]) -> None:
     """One of the three parts."""
@@ -324,15 +313,16 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         if args.part == "kills":
-            put("kills", report_kills(survive(args.kills, Path(name), random.Random(0)), argv))
+            lines = report_kills(survive(args.kills, Path(name), random.Random(0)), argv)
         elif args.part == "scaling":
             if not args.model:
                 raise UserError("Give --model, the folder of a model.")
             rows = scaling(args.model, args.dataset, args.rounds, Path(name))
             sizes = sizes_of(AutoConfig.from_pretrained(args.model))["parameters"]
-            put("scaling", report_scaling(rows, argv, int(sizes)))
+            lines = report_scaling(rows, argv, int(sizes))
         else:
-            put("plan", report_plan(argv))
+            lines = report_plan(argv)
+    put_between(RESULTS / "processes.md", args.part, lines)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import http.client
 import multiprocessing
-import re
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from common import (
     command_line,
     machine,
     positive,
+    put_between,
     read_jsonl,
     table,
     versions,
@@ -295,10 +295,7 @@ def write_tables() -> None:
             commands = dict.fromkeys(f"`{row['command']}`" for row in own)
             about = f"{', '.join(commands)}; {own[-1]['machine']}; turns of {own[-1]['seconds']} s."
             lines += [about, "", *table(HEAD, [shown(row).split(" | ") for row in own]), ""]
-    text = PAGE.read_text(encoding="utf-8")
-    made = "<!-- load -->\n" + "\n".join(lines) + "<!-- /load -->"
-    text = re.sub(r"<!-- load -->.*?<!-- /load -->", lambda found: made, text, flags=re.S)
-    PAGE.write_text(text, encoding="utf-8")
+    put_between(PAGE, "load", lines[:-1])
 
 
 @command

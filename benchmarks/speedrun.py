@@ -31,6 +31,7 @@ from common import (
     command_line,
     machine,
     positive,
+    put_between,
     read_jsonl,
     table,
     versions,
@@ -67,7 +68,7 @@ from support.prompts import with_prompts
 STAGES = ("train", "evaluate", "baseline", "record")
 AGAIN = 75  # the exit code of what has to be called again (EX_TEMPFAIL of sysexits.h)
 GRACE = 100.0  # seconds for a step and a checkpoint to be finished; a quarter of less time
-PAGE, MARKS = RESULTS / "speedrun.md", ("<!-- records -->", "<!-- /records -->")
+PAGE = RESULTS / "speedrun.md"
 
 
 @dataclass(frozen=True)
@@ -345,15 +346,6 @@ def records_table() -> list[str]:
     return table([*head, "model", "machine", "commit", "record"], rows)
 
 
-def with_table(page: str) -> str:
-    """The page with the table as the records have it."""
-    first, _, others = page.partition(MARKS[0])
-    return (
-        "\n".join([f"{first}{MARKS[0]}", *records_table(), MARKS[1]])
-        + others.partition(MARKS[1])[2]
-    )
-
-
 # --------------------------------------------------------------------- the command line
 
 
@@ -397,7 +389,7 @@ def main(argv: list[str]) -> None:
     """Do the stages, for each seed."""
     args = read_flags(argv)
     if args.track == "table":
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        put_between(PAGE, "records", records_table())
         return
     entry = entry_of(args, argv)
     entry.config(args.seeds[0])
