@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from common import (
     ROOT,
+    available,
     machine,
     put_between,
     read_jsonl,
@@ -290,9 +291,10 @@ def cells_of(row: dict[str, Any]) -> list[str]:
 def of_run(run: Path) -> list[str]:
     """The highest peak of a run that is there, beside the plan for its settings."""
     config = parse_config([f"--config={run / 'config.yaml'}"])[0]
-    cuda = config.device != "cpu" and torch.cuda.is_available()
+    # The plan for a GPU's run needs no GPU.
+    device = available("auto") if config.device == "auto" else config.device
     sizes = sizes_of(AutoConfig.from_pretrained(resolve_path(config.model)))
-    planned = planned_peak(sizes, config, "cuda" if cuda else "cpu")
+    planned = planned_peak(sizes, config, device)
     found = max(row["perf/peak_memory_gb"] for row in read_jsonl(run / "metrics.jsonl"))
     words = f"{planned:.2f}", f"{found:.2f}", f"{found / planned:.2f}"
     return table(["run", "plan, GB", "measured, GB", "measured ÷ plan"], [[run.name, *words]])

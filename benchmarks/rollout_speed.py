@@ -148,8 +148,7 @@ def report(rows: list[dict[str, Any]], config: Config, argv: list[str]) -> list[
     """The table of what is measured so far."""
     head = ["engine", "sequences in a batch", "tokens/s", "seconds", "tokens"]
     return [
-        f"`{command_line(argv)}` on {machine('cpu' if config.device == 'cpu' else 'cuda')}; "
-        f"{versions()}.",
+        f"`{command_line(argv)}` on {machine(available(config.device))}; {versions()}.",
         "",
         f"{Path(config.model).name}, {config.precision}, completions of up to "
         f"{config.max_new_tokens} tokens, groups of {config.group_size}.",

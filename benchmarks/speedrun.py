@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from common import (
     RESULTS,
     ROOT,
+    available,
     command_line,
     machine,
     positive,
@@ -259,11 +259,10 @@ def evaluate_run(entry: Entry, seed: int) -> None:
     settings = {name: without_place(name, value) for name, value in asdict(config).items()}
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     about = noted(
         entry,
         seed,
-        machine=machine(device),
+        machine=machine(available(config.device)),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         versions=versions(),
         weights=weights_of(str(found[-1])),

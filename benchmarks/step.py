@@ -43,6 +43,7 @@ import transformers
 from common import (
     RESULTS,
     ROOT,
+    available,
     command_line,
     machine,
     positive,
@@ -253,7 +254,7 @@ class Watch(transformers.TrainerCallback):
 
 def trl_settings(config: Config, job: dict[str, Any], folder: str) -> dict[str, Any]:
     """GRPOConfig's arguments: our step in TRL's words."""
-    size, cuda = job["batch"], torch.cuda.is_available() and config.device != "cpu"
+    size, cuda = job["batch"], available(config.device) == "cuda"
     pure = config.precision == "bf16-pure"
     sampling = {
         "num_generations": config.group_size,
@@ -464,7 +465,7 @@ def report(
     """The whole of results/step-WORKLOAD.md."""
     versions = {k: v for worker in workers for k, v in worker.about["versions"].items()}
     config = next(iter(configs.values()))
-    place = machine("cuda" if torch.cuda.is_available() else "cpu")
+    place = machine(available("auto"))
     settings = {
         name: f"`micro_batch_size {c.micro_batch_size or 'auto'}`" for name, c in configs.items()
     }
