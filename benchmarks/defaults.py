@@ -183,18 +183,11 @@ def figures(groups: list[Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------- runs
 
-OLD = ["--system_prompt", TUTORIAL_PROMPT, "--reward", "accuracy", "format"]
-OLD += ["--reward_weights", "1", "0.2"]
-BOTH = ["--reward", "accuracy", "format", "--reward_weights", "1", "0.2"]
 ASKED = ["--system_prompt", TUTORIAL_PROMPT]
-GATE = [
-    "--reward",
-    "accuracy",
-    "examples/rewards.py:format_if_right",
-    "--reward_weights",
-    "1",
-    "0.2",
-]
+BOTH = ["--reward", "accuracy", "format", "--reward_weights", "1", "0.2"]
+OLD = [*ASKED, *BOTH]
+GATE = ["--reward", "accuracy", "examples/rewards.py:format_if_right"]
+GATE += ["--reward_weights", "1", "0.2"]
 TIERS = ["--reward", "tutorial", "--reward_weights", "1"]
 HOT = ["--lr", "1e-5", "--max_new_tokens", "96"]
 MANY = ["--train_batch_size", "4", "--micro_batch_size", "4"]
@@ -205,8 +198,8 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "new-format": ("format is rewarded too, by 0.2", BOTH),
     "new-gdpo": ("the same, each reward compared for itself", [*BOTH, "--objective", "gdpo"]),
     "new-tutorial": ("the tutorial's reward", TIERS),
-    "tutorial": ("the tutorial's prompt and reward", ["--system_prompt", TUTORIAL_PROMPT, *TIERS]),
-    "old-prompt": ("the tutorial's prompt, accuracy alone", ["--system_prompt", TUTORIAL_PROMPT]),
+    "tutorial": ("the tutorial's prompt and reward", [*ASKED, *TIERS]),
+    "old-prompt": ("the tutorial's prompt, accuracy alone", ASKED),
     "lora": ("LoRA of rank 16 at lr 2e-5", ["--adapter_rank", "16"]),
     "no-std": ("no division by the group's std", ["--objective", "dr_grpo"]),
     "many-steps": ("12 optimizer steps a rollout at lr 5e-6", [*MANY, "--lr", "5e-6"]),
