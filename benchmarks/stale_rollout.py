@@ -16,32 +16,23 @@ from typing import Any
 import torch
 from common import ROOT
 
-from replay_buffer import ReplayBuffer
 from rollout import Group
 from support.command_line import parse_config
 from support.errors import command
 from support.recording_file import rounded
-from train import Trainer, add_log_probs, build, policy_pass, sample_and_score, update
+from train import Trainer, add_log_probs, build, policy_pass, sample_and_score, train
 
 FILE = ROOT / "docs" / "stale_rollout.json"
 FLAGS = ["--preset=tiny", "--kl_weight=0.01", "--reward", "accuracy", "format"]
 FLAGS += ["--reward_weights", "1", "0.2", "--group_size=6", "--rollouts_per_step=24"]
 FLAGS += ["--train_batch_size=72", "--max_new_tokens=26", "--seed=5"]
-STEPS = 5  # until it is sampled
-EXCESS = 8  # optimizer steps after that
+STEPS = 5  # until it is sampled: rollouts, each with two optimizer steps
+EXCESS = 8  # the same, after that
 
 
-def step(trainer: Trainer, groups: list[Group]) -> None:
-    """One update from a rollout."""
-    returns = torch.stack([group.returns for group in groups])
-    rewards = torch.stack([group.rewards for group in groups], dim=1)
-    weights = trainer.config.reward_weights
-    advantages = trainer.loss.advantages(returns, rewards, weights)
-    experiences = add_log_probs(trainer, groups, list(range(returns.numel())))
-    buffer = ReplayBuffer()
-    buffer.fill(experiences, returns.flatten(), advantages.flatten())
-    for mini_batch in buffer.mini_batches(trainer.config.train_batch_size, 1, torch.Generator()):
-        update(trainer, mini_batch)
+def take_steps(trainer: Trainer, count: int) -> None:
+    """Steps of train.py without a run folder; a new generator has the same seed each time."""
+    train(trainer, ((number, torch.Generator()) for number in range(1, count + 1)))
 
 
 def chosen(groups: list[Group]) -> list[Group]:
@@ -69,14 +60,12 @@ def record() -> dict[str, Any]:
     config, _ = parse_config(FLAGS, None)
     trainer = build(config, None)
     torch.manual_seed(config.seed)
-    for _ in range(STEPS):
-        step(trainer, sample_and_score(trainer, config.rollouts_per_step))
+    take_steps(trainer, STEPS)
     groups = sample_and_score(trainer, config.rollouts_per_step)
     groups = chosen(groups)
     old = add_log_probs(trainer, groups, list(range(len(groups) * config.group_size)))
     ask = [replace(each, action_log_probs=None) for each in old]
-    for _ in range(EXCESS):
-        step(trainer, sample_and_score(trainer, config.rollouts_per_step))
+    take_steps(trainer, EXCESS)
     now = policy_pass(trainer.policy, ["action_log_probs", "entropies"], ask, len(ask))
     rows = []
     for group in groups:
