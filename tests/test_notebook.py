@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loss import group_advantages
-from tests.test_house import LINK
+from tests.test_house import links_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "pocket_grpo.ipynb"
@@ -56,7 +56,7 @@ def test_its_code_uses_what_there_is():
 def test_its_links_lead_somewhere():
     for cell in CELLS:
         if cell["cell_type"] == "markdown":
-            for target in LINK.findall("".join(cell["source"])):
+            for target in links_of("".join(cell["source"])):
                 assert (FILE.parent / target).exists(), target
 
 
