@@ -188,6 +188,7 @@ BOTH = ["--reward", "accuracy", "format", "--reward_weights", "1", "0.2"]
 OLD = [*ASKED, *BOTH]
 GATE = ["--reward", "accuracy", "examples/rewards.py:format_if_right"]
 GATE += ["--reward_weights", "1", "0.2"]
+GDPO = ["--objective", "gdpo", "--kl_weight", "0"]  # without a KL, as the others
 TIERS = ["--reward", "tutorial", "--reward_weights", "1"]
 HOT = ["--lr", "1e-5", "--max_new_tokens", "96"]
 MANY = ["--train_batch_size", "4", "--micro_batch_size", "4"]
@@ -196,7 +197,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "old": ("prompt and reward as they were, lr 1e-5, 96 tokens", [*OLD, *HOT]),
     "old-same-lr": ("prompt and reward as they were, all else as in the preset", OLD),
     "new-format": ("format is rewarded too, by 0.2", BOTH),
-    "new-gdpo": ("the same, each reward compared for itself", [*BOTH, "--objective", "gdpo"]),
+    "new-gdpo": ("the same, each reward compared for itself", [*BOTH, *GDPO]),
     "new-tutorial": ("the tutorial's reward", TIERS),
     "tutorial": ("the tutorial's prompt and reward", [*ASKED, *TIERS]),
     "old-prompt": ("the tutorial's prompt, accuracy alone", ASKED),
@@ -211,7 +212,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     ),
     "old-gdpo": (
         "prompt and reward as they were, each reward compared for itself",
-        [*OLD, "--objective", "gdpo"],
+        [*OLD, *GDPO],
     ),
 }
 
