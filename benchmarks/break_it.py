@@ -15,19 +15,30 @@ import argparse
 import contextlib
 import functools
 import importlib
-import json
+import io
 import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import RESULTS, machine, pyplot, read_jsonl, table, versions, write_lines
+from common import (
+    RESULTS,
+    folder_of,
+    machine,
+    pyplot,
+    read_jsonl,
+    table,
+    versions,
+    write_jsonl,
+    write_lines,
+)
 from torch import Tensor
 
 import train
@@ -166,12 +177,21 @@ def run(name: str, flags: list[str], checked: bool = False) -> None:
 
 
 def curve_of(job: tuple[str, int]) -> dict[str, Any]:
-    """Run one (name, seed) in silence, and return its curve with the alarms of each step."""
+    """Run one (name, seed) in silence, and return its curve with the alarms of each step.
+
+    Raises:
+        UserError: what train.py ended with.
+    """
     name, seed = job
+    said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         run_dir = Path(folder) / "run"
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            run(name, [*QUIET.split(), f"--seed={seed}", f"--run_dir={run_dir}"])
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(said):
+            try:
+                run(name, [*QUIET.split(), f"--seed={seed}", f"--run_dir={run_dir}"])
+            except SystemExit as error:
+                told = said.getvalue().strip().splitlines() or [f"exit code {error.code}"]
+                raise UserError(f"{name}: {told[-1].removeprefix('error: ')}") from None
         rows = read_jsonl(run_dir / "metrics.jsonl")
     curve = []
     for row in rows:
@@ -230,14 +250,13 @@ HEAD = [
 ]
 
 
-def report(log: Path, out: Path) -> None:
-    """The table and the picture, from whatever has been run so far."""
-    runs = {run["name"]: run for run in read_jsonl(log)}
+def report(log: Path, out: Path, seed: int) -> None:
+    """The table and the picture, from whatever has been run of a seed so far."""
+    runs = {run["name"]: run for run in read_jsonl(log) if run["seed"] == seed}
     runs = {name: runs[name] for name in RUNS if name in runs}
-    seeds = sorted({run["seed"] for run in runs.values()})
     lines = [
         f"`python benchmarks/break_it.py` on {machine()}; {versions()}; every run: `{COMMON} "
-        f"{QUIET}`, seed {', '.join(map(str, seeds))}. *Greedy* is accuracy on 250 held-out "
+        f"{QUIET}`, seed {seed}. *Greedy* is accuracy on 250 held-out "
         "questions; *last* is the mean of the last four steps; tokens are those of the samples.",
         "",
         *table(HEAD, map(summary, runs.values())),
@@ -297,29 +316,29 @@ def main(argv: list[str]) -> None:
     args, more = parser.parse_known_args(argv)
     for name in [*args.only, *([args.name] if args.name else [])]:
         check_choice(name, RUNS, "sabotage")
-    if args.name and args.report:
-        raise UserError("--report makes the page of all runs; leave the name out.")
+    if args.name and (args.report or args.out != RESULTS or args.only != list(RUNS)):
+        raise UserError("--report, --out and --only are for all runs; leave the name out.")
     if args.name:
         run(args.name, [f"--seed={args.seed}", *more], args.checked)
         return
     if more or args.checked:
         raise UserError(f"{' '.join(more) or '--checked'} goes with the name of one sabotage.")
-    args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "break_it.jsonl"
     done = {(run["name"], run["seed"]) for run in read_jsonl(log)}
     jobs = [(name, args.seed) for name in args.only if (name, args.seed) not in done]
-    # A process for each, which takes its faults and its memory with it.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for found in pool.imap(curve_of, [] if args.report else jobs):
-            with log.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            print(" | ".join(summary(found)), flush=True)
-    if not read_jsonl(log):
-        raise UserError(f"There is no run in {log} to report; leave --report out.")
     if not (jobs or args.report):
         print(f"nothing to do: {log} has these runs; --out FOLDER makes your own")
         return
-    report(log, args.out)
+    for job in [] if args.report else jobs:
+        folder_of(args.out)
+        # A process for each, which takes its faults and its memory with it.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(curve_of, job).result()
+        write_jsonl(log, [*read_jsonl(log), found])
+        print(" | ".join(summary(found)), flush=True)
+    if not any(run["seed"] == args.seed for run in read_jsonl(log)):
+        raise UserError(f"{log} has no run of seed {args.seed} to report; leave --report out.")
+    report(log, args.out, args.seed)
 
 
 if __name__ == "__main__":

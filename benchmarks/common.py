@@ -137,6 +137,15 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def folder_of(path: Path) -> Path:
+    """The folder, made if it is not there; UserError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be a folder ({error.strerror}); name another.") from error
+    return path
+
+
 def put_between(page: Path, name: str, lines: list[str]) -> None:
     """Put lines between `<!-- name -->` and `<!-- /name -->` of a page; the rest of it stays.
 

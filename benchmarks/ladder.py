@@ -14,7 +14,6 @@ updates of each rollout, also with a part of the loss left out.
 import argparse
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -28,12 +27,14 @@ from unittest import mock
 from common import (
     RESULTS,
     ROOT,
+    folder_of,
     machine,
     positive,
     pyplot,
     read_jsonl,
     table,
     versions,
+    write_jsonl,
     write_lines,
 )
 
@@ -143,7 +144,7 @@ def summary(name: str, runs: list[dict[str, Any]]) -> list[str]:
     """One variant as a row of the table."""
     logs = [run["rows"] for run in runs]
     greedy = [[row["accuracy"] for row in log if "accuracy" in row] for log in logs]
-    late = [statistics.mean(row["right"] for row in log[-3:]) for log in logs]
+    late = [statistics.mean(row["right"] for row in log[1:][-3:]) for log in logs]
     return [
         name,
         str(len(runs)),
@@ -225,22 +226,27 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--steps", type=positive, default=15)
+    parser.add_argument("--steps", type=positive, default=15, help="5 or more")
     parser.add_argument("--only", nargs="+", default=list(RUNGS))
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    if args.steps < 5:
+        raise UserError("--steps must be 5 or more: the table has a column of step 5.")
     for name in args.only:
         if name not in RUNGS:
             raise UserError(f"There is no rung {name!r}; choose among {list(RUNGS)}.")
-    args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "ladder.jsonl"
-    done = {(run["name"], run["seed"]) for run in read_jsonl(log)}
+    runs = read_jsonl(log)
+    other = {run["rows"][-1]["step"] for run in runs} - {args.steps}
+    if other and not args.report:
+        raise UserError(f"{log} has runs of {max(other)} steps; name another folder by --out.")
+    done = {(run["name"], run["seed"]) for run in runs}
     todo = [(name, seed) for seed in args.seeds for name in args.only if (name, seed) not in done]
     for name, seed in [] if args.report else todo:
+        folder_of(args.out)
         rows = climb(name, args.steps, seed)
-        with log.open("a") as file:
-            file.write(json.dumps({"name": name, "seed": seed, "rows": rows}) + "\n")
+        write_jsonl(log, [*read_jsonl(log), {"name": name, "seed": seed, "rows": rows}])
         print(
             f"{name}, seed {seed}: {rows[-1]['accuracy']:.3f} in {rows[-1]['seconds']:.0f} s",
             flush=True,

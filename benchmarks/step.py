@@ -45,6 +45,7 @@ from common import (
     ROOT,
     available,
     command_line,
+    folder_of,
     machine,
     positive,
     synchronize,
@@ -601,7 +602,7 @@ def main(argv: list[str]) -> None:
                 f"--trl_batch_size {batch} does not divide the {sequences} completions of a step."
             )
         jobs["trl"]["batch"] = batch
-    args.out.mkdir(parents=True, exist_ok=True)
+    folder_of(args.out)
     try:
         for name in names:  # one after the other, so that each one loads alone
             workers.append(Worker(name, pythons[name], jobs[name]))

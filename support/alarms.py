@@ -17,7 +17,7 @@ from support.config import Config
 Rows = Sequence[dict[str, float]]  # metrics by name, step after step, the last one is now
 
 LONGEST = 200  # steps that are remembered
-FP32_GAP = 0.01  # nats a token, between sampler and trainer; a served rollout's limit too
+FP32_GAP = 0.01  # nats a token, between sampler and trainer, at temperature 1
 QUIET = 20  # steps without it after which an alarm is printed again
 
 
@@ -233,7 +233,7 @@ ALARMS = {
         f"mean of 3 steps above 0.3; with --precision fp32 above {FP32_GAP}",
         mean_of(3, lambda x: x > 0.3),
         "Sampler and trainer disagree about the sampled tokens: try --precision fp32, or "
-        "--sampler_correction token_truncate. In fp32 rounding does not explain it: something "
+        "--sampler_correction token_truncate; in fp32 rounding does not explain it, and something "
         "changes the policy in one of the two only.",
     ),
 }
@@ -254,7 +254,7 @@ def alarms_for(ratio_level: str, config: Config) -> dict[str, Alarm]:
         without.add("reasoning_collapses")
     alarms = {name: alarm for name, alarm in ALARMS.items() if name not in without}
     if config.precision == "fp32" and "sampler" in alarms:
-        fp32 = mean_of(3, lambda x: x > FP32_GAP)
+        fp32 = mean_of(3, lambda x: x > FP32_GAP / min(1.0, config.temperature))
         alarms["sampler"] = replace(alarms["sampler"], bad=fp32)
     return alarms
 

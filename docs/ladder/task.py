@@ -22,6 +22,7 @@ from reward import accuracy  # noqa: E402
 from rollout import Group, rollout  # noqa: E402
 from support.config import PRESETS, Config  # noqa: E402
 from support.data import QuestionStream  # noqa: E402
+from support.errors import command  # noqa: E402
 from support.evaluation import evaluate, held_out_questions  # noqa: E402
 from support.generation import Sampling  # noqa: E402
 from support.model import load_model, load_tokenizer  # noqa: E402
@@ -132,11 +133,18 @@ def positive(text: str) -> int:
 
 def climb(train: Callable[[Task], Any], words: str | None) -> None:
     """The command line of a rung."""
-    parser = argparse.ArgumentParser(
-        description=words, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=positive, default=15)
-    parser.add_argument("--seed", type=positive, default=1)
-    parser.add_argument("--reward_offset", type=float, default=0.0, help="added to every reward")
-    args = parser.parse_args()
-    train(Task(args.steps, args.seed, args.reward_offset))
+
+    @command
+    def main(argv: list[str]) -> None:
+        parser = argparse.ArgumentParser(
+            description=words, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--steps", type=positive, default=15)
+        parser.add_argument("--seed", type=positive, default=1)
+        parser.add_argument(
+            "--reward_offset", type=float, default=0.0, help="added to every reward"
+        )
+        args = parser.parse_args(argv)
+        train(Task(args.steps, args.seed, args.reward_offset))
+
+    main()
