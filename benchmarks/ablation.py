@@ -13,14 +13,13 @@ has something to do: 6 % of the tokens in the first step.
 """
 
 import argparse
-import contextlib
-import json
 import math
 import multiprocessing
 import os
 import statistics
-import tempfile
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from common import (
     machine,
     pyplot,
     read_jsonl,
+    silent_run,
     table,
     versions,
     write_jsonl,
@@ -37,6 +37,7 @@ from common import (
 )
 
 from objectives.table import OBJECTIVES
+from support.errors import command
 
 TARGET = 0.8
 COMMON = (
@@ -91,12 +92,7 @@ def one_run(job: tuple[str, int]) -> dict:
 
     name, seed = job
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
-        run_dir = Path(folder) / "run"
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            flags = f"{COMMON} {RUNS[name][1]} --seed {seed} --run_dir {run_dir}"
-            train.main(flags.split())
-        rows = read_jsonl(run_dir / "metrics.jsonl")
+    rows = silent_run(name, train.main, f"{COMMON} {RUNS[name][1]} --seed {seed}".split())
     curve = [{k: round(v, 5) for k, v in row.items() if k in KEPT} for row in rows]
     seconds = round(time.perf_counter() - start, 1)
     return {"name": name, "seed": seed, "seconds": seconds, "curve": curve}
@@ -224,7 +220,8 @@ def picture(runs: dict[str, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+@command
+def main(argv: list[str]) -> None:
     """Run what is missing, two at a time, and report after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -234,21 +231,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     log = args.out / "ablation.jsonl"
     if not log.exists():
         write_jsonl(log, [])
     done = {(run["name"], run["seed"]) for run in read_jsonl(log)}
     jobs = [(name, seed) for seed in args.seeds for name in args.only if (name, seed) not in done]
     if not args.report and jobs:
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            for run in pool.imap_unordered(one_run, jobs):
-                with log.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
-                print(f"{run['name']}, seed {run['seed']}: {final(run):.3f} in {run['seconds']} s")
-                report(log, args.out)
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(one_run, job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    run = future.result()
+                    write_jsonl(log, [*read_jsonl(log), run])
+                    seconds = f"{final(run):.3f} in {run['seconds']} s"
+                    print(f"{run['name']}, seed {run['seed']}: {seconds}", flush=True)
+                    report(log, args.out)
+            finally:
+                pool.shutdown(cancel_futures=True)  # of a run that ended with an error
     report(log, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -12,19 +12,16 @@ function in the place of the right one while the run lasts. No flag of the train
 """
 
 import argparse
-import contextlib
 import functools
 import importlib
-import io
 import multiprocessing
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
@@ -34,6 +31,7 @@ from common import (
     machine,
     pyplot,
     read_jsonl,
+    silent_run,
     table,
     versions,
     write_jsonl,
@@ -44,6 +42,7 @@ from torch import Tensor
 import train
 from replay_buffer import Experience
 from support.errors import UserError, check_choice, command
+from support.metrics import alarms_of
 
 
 @dataclass(frozen=True)
@@ -183,27 +182,18 @@ def curve_of(job: tuple[str, int]) -> dict[str, Any]:
         UserError: what train.py ended with.
     """
     name, seed = job
-    said = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
-        run_dir = Path(folder) / "run"
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(said):
-            try:
-                run(name, [*QUIET.split(), f"--seed={seed}", f"--run_dir={run_dir}"])
-            except SystemExit as error:
-                told = said.getvalue().strip().splitlines() or [f"exit code {error.code}"]
-                raise UserError(f"{name}: {told[-1].removeprefix('error: ')}") from None
-        rows = read_jsonl(run_dir / "metrics.jsonl")
-    curve = []
-    for row in rows:
-        alarms = [key.removeprefix("alarm/") for key in row if key.startswith("alarm/")]
-        curve.append({k: round(v, 5) for k, v in row.items() if k in KEPT} | {"alarms": alarms})
+    rows = silent_run(name, functools.partial(run, name), [*QUIET.split(), f"--seed={seed}"])
+    curve = [
+        {k: round(v, 5) for k, v in row.items() if k in KEPT} | {"alarms": alarms_of(row)}
+        for row in rows
+    ]
     return {"name": name, "seed": seed, "curve": curve}
 
 
 # ------------------------------------------------------------------------------------ the report
 
 
-def alarms_of(curve: list[dict[str, Any]]) -> dict[str, int]:
+def first_alarms(curve: list[dict[str, Any]]) -> dict[str, int]:
     """The alarms of a run, each with the step in which it first sounded."""
     first: dict[str, int] = {}
     for row in curve:
@@ -224,8 +214,7 @@ def summary(run: dict[str, Any]) -> list[str]:
     curve = run["curve"]
     accuracy = [row["eval/accuracy"] for row in curve if "eval/accuracy" in row]
     steps = [row for row in curve if row["step"]]
-    late = steps[-4:]
-    mean = lambda name: sum(row[name] for row in late) / len(late)  # noqa: E731
+    mean = lambda name: fmean(row[name] for row in steps[-4:])  # noqa: E731
     return [
         run["name"],
         words_of(RUNS[run["name"]]),
@@ -234,7 +223,7 @@ def summary(run: dict[str, Any]) -> list[str]:
         f"{steps[0]['rollout/success_rate']:.2f} → {mean('rollout/success_rate'):.2f}",
         f"{steps[0]['rollout/returns']:.2f} → {mean('rollout/returns'):.2f}",
         f"{steps[0]['rollout/completion_tokens']:.0f} → {mean('rollout/completion_tokens'):.0f}",
-        ", ".join(f"{name} ({step})" for name, step in alarms_of(curve).items()) or "none",
+        ", ".join(f"{name} ({step})" for name, step in first_alarms(curve).items()) or "none",
     ]
 
 
@@ -277,7 +266,7 @@ def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
             line(ax, run["curve"], "rollout/success_rate", "-", color=color, lw=0.8)
             if run["name"] in PAYS_ELSE:
                 line(ax, run["curve"], "rollout/returns", "--", color=color, lw=0.8)
-        for alarm, step in list(alarms_of(runs[name]["curve"]).items())[:1]:
+        for alarm, step in list(first_alarms(runs[name]["curve"]).items())[:1]:
             ax.axvline(step, color="k", lw=0.8, ls=":")
             ax.text(step, 1.03, f" {alarm}", fontsize=8, va="bottom")
         words = "" if beside == "healthy" else f"grey: {beside}"

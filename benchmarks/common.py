@@ -4,6 +4,7 @@ Import it before anything of the project; then `python benchmarks/NAME.py` works
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -144,6 +146,29 @@ def folder_of(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path} cannot be a folder ({error.strerror}); name another.") from error
     return path
+
+
+def silent_run(
+    name: str, train: Callable[[list[str]], Any], flags: list[str]
+) -> list[dict[str, Any]]:
+    """The metrics of a run of train.py in this process, without a word and with no folder left.
+
+    Args:
+        name: of the run, for the sentence of an error.
+        train: takes the flags.
+    Raises:
+        UserError: what the run ended with.
+    """
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
+        run_dir = Path(folder) / "run"
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(said):
+            try:
+                train([*flags, f"--run_dir={run_dir}"])
+            except SystemExit as error:
+                told = said.getvalue().strip().splitlines() or [f"exit code {error.code}"]
+                raise UserError(f"{name}: {told[-1].removeprefix('error: ')}") from None
+        return read_jsonl(run_dir / "metrics.jsonl")
 
 
 def put_between(page: Path, name: str, lines: list[str]) -> None:

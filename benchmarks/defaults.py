@@ -44,7 +44,7 @@ from support.data import Question, load_questions
 from support.errors import UserError, command
 from support.evaluation import wilson_interval
 from support.generation import Sampling
-from support.metrics import copies_of_examples
+from support.metrics import alarms_of, copies_of_examples
 from support.model import load_model, load_tokenizer
 
 FILE = RESULTS / "defaults.jsonl"
@@ -271,13 +271,12 @@ def run_table(rows: list[dict[str, Any]], name: str, seed: int) -> list[str]:
     """Every step of one run that says something, with its alarms."""
     cells = []
     for row in rows:
-        on = [key.removeprefix("alarm/") for key in row if key.startswith("alarm/")]
         names = ("rollout/success_rate", "reward/format_mean", "rollout/completion_tokens")
         names += ("rollout/truncated_share", "rollout/entropy", "rollout/no_spread_share")
         shown = [f"{row[n]:.2f}" if n in row else "" for n in names]
         held = [row.get("eval/accuracy"), row.get("eval/accuracy_flexible")]
         known = "" if held[0] is None else f"{held[0]:.3f} / {held[1]:.3f}"
-        cells.append([row["step"], *shown, known, ", ".join(on)])
+        cells.append([row["step"], *shown, known, ", ".join(alarms_of(row))])
     words, flags = RUNS[name]
     head = ["step", "success", "format", "tokens", "cut off", "entropy", "no spread"]
     head += ["held out, strict / flexible", "alarms"]
@@ -296,9 +295,8 @@ def summary(runs: dict[tuple[str, str, int], list[dict[str, Any]]]) -> list[str]
         low, high = (last[f"eval/accuracy_{end}"] for end in ("low", "high"))
         alarms: dict[str, int] = {}
         for row in rows:
-            for key in row:
-                if key.startswith("alarm/"):
-                    alarms.setdefault(key.removeprefix("alarm/"), row["step"])
+            for alarm in alarms_of(row):
+                alarms.setdefault(alarm, row["step"])
         cells.append(
             [f"`{name}`", model, seed, len(steps)]
             + [f"{first['eval/accuracy']:.3f} / {first['eval/accuracy_flexible']:.3f}"]

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common import (
@@ -33,6 +34,7 @@ from common import (
 )
 
 from support.errors import UserError, check_choice, command
+from support.metrics import alarms_of
 from tiny import make
 
 FILE = RESULTS / "warm_start.jsonl"
@@ -101,13 +103,11 @@ def summary(name: str, seed: int, rows: list[dict[str, Any]]) -> list[str]:
     ]
     first, last = steps[:3], steps[-3:]
 
-    def mean(metric: str, some: list[dict[str, Any]]) -> float:
-        return sum(row[metric] for row in some) / len(some)
-
     def both(metric: str, digits: int) -> str:
-        return " → ".join(f"{mean(metric, part):.{digits}f}" for part in (first, last))
+        means = (fmean(row[metric] for row in part) for part in (first, last))
+        return " → ".join(f"{mean:.{digits}f}" for mean in means)
 
-    alarms = {k.removeprefix("alarm/") for row in rows for k in row if k.startswith("alarm/")}
+    alarms = {alarm for row in rows for alarm in alarms_of(row)}
     rounds = ", then ".join(f"{steps} × 16 {habit}" for habit, steps, _ in STARTS[name])
     return [
         f"`{name}`: {rounds}",

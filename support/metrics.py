@@ -326,6 +326,11 @@ CONSOLE = [
 ]
 
 
+def alarms_of(row: dict[str, float]) -> list[str]:
+    """The alarms that are on in a step's metrics, by name."""
+    return [name.removeprefix("alarm/") for name in row if name.startswith("alarm/")]
+
+
 def console_line(step: int, steps: int, row: dict[str, float]) -> str:
     """The step in one readable line, and its evaluation in the words that matter."""
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
@@ -334,7 +339,7 @@ def console_line(step: int, steps: int, row: dict[str, float]) -> str:
         for word, name, form in CONSOLE
         if name in row and not (word in ("skipped", "clipped") and not row[name])
     ]
-    on = [name.removeprefix("alarm/") for name in row if name.startswith("alarm/")]
+    on = alarms_of(row)
     parts += [f"ALARM {', '.join(on)}"] if on else []
     if "eval/accuracy" in row:
         parts.append(
